@@ -1,0 +1,1 @@
+"""Multipole attention: the algorithm in PyTorch (`reference`) and its Triton kernels."""

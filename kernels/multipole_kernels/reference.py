@@ -1,0 +1,319 @@
+"""Multipole attention in plain PyTorch: the whole algorithm on one page, the definition of right.
+
+A segment is a run of consecutive tokens of one request. Its keys are clustered by content (k-means
+of the keys without their rotary position); what attention sees of a cluster is the mean of its keys
+as they lie in the KV pool, the mean of its values, its size and one scalar of variance. A decode
+step scores every cluster, attends exactly to the tokens of the best ones, and lets the centroids
+stand in for the tokens of all the others. Method: Multipole Attention, arXiv 2506.13059; where and
+why this differs from the paper is written in docs/architecture.md.
+
+Each function works on CPU and GPU and computes in the dtype it is given. `*` is any leading batch
+(layers, KV heads); T tokens, K clusters, G query heads per KV head, D head_dim. Log-sum-exps are
+natural logs; an lse of -inf means "attended to nothing".
+"""
+
+from __future__ import annotations
+
+import torch
+
+# multipliers of the integer hash that places the seeds (splitmix32's)
+_HASH_1, _HASH_2 = 0x21F0AAAD, 0x735A2D97
+
+
+# ------------------------------------------------------------------ clustering of a segment
+
+
+def unrotate(keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Undo RoPE (rotate-half pairing) on the first 2 * cos.shape[-1] dimensions.
+
+    Args:
+        keys: [*, T, D], as they lie in the KV pool.
+        cos, sin: [T, rotary_dim / 2] float32, the model's own table at the tokens' positions.
+
+    Returns:
+        [*, T, D] float32. Dividing by cos^2 + sin^2 takes YaRN's scale out as well.
+    """
+    keys = keys.float()
+    half = cos.shape[-1]
+    scale = 1.0 / (cos * cos + sin * sin)
+    x, y, rest = keys[..., :half], keys[..., half : 2 * half], keys[..., 2 * half :]
+    return torch.cat([(x * cos + y * sin) * scale, (y * cos - x * sin) * scale, rest], dim=-1)
+
+
+def seed_positions(num_tokens: int, num_clusters: int, segment_index: int) -> torch.Tensor:
+    """[K] int64: one token at a hashed place in each of K equal strata of the segment.
+
+    A function of the segment's place in the sequence alone, so that clustering the same tokens
+    again, on another rank or for another request, gives the same clusters.
+    """
+    stratum = torch.arange(num_clusters, dtype=torch.int64)
+    begin = stratum * num_tokens // num_clusters
+    end = (stratum + 1) * num_tokens // num_clusters
+    x = (stratum + 1 + segment_index * 0x9E3779B9) & 0xFFFFFFFF
+    x = ((x ^ (x >> 16)) * _HASH_1) & 0xFFFFFFFF
+    x = ((x ^ (x >> 15)) * _HASH_2) & 0xFFFFFFFF
+    x = x ^ (x >> 15)
+    return begin + x % (end - begin).clamp(min=1)
+
+
+def assign(features: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
+    """[*, T] int64: the nearest centroid of each token (squared Euclid; a tie takes the first).
+
+    A centroid of NaN is no candidate.
+    """
+    # |x|^2 is the same for every centroid, so it is left out
+    distance = centroids.square().sum(-1).unsqueeze(-2) - 2.0 * features @ centroids.mT
+    return distance.nan_to_num(nan=float("inf")).argmin(-1)
+
+
+def cluster_means(rows: torch.Tensor, cluster_ids: torch.Tensor, num_clusters: int) -> torch.Tensor:
+    """[*, K, D] float32: the mean of each cluster's rows [*, T, D]; NaN where it has none."""
+    sums = rows.new_zeros(*rows.shape[:-2], num_clusters, rows.shape[-1], dtype=torch.float32)
+    sums.scatter_add_(-2, cluster_ids.unsqueeze(-1).expand(rows.shape), rows.float())
+    return sums / cluster_sizes(cluster_ids, num_clusters).unsqueeze(-1)
+
+
+def cluster_sizes(cluster_ids: torch.Tensor, num_clusters: int) -> torch.Tensor:
+    """[*, K] int32: tokens in each cluster."""
+    sizes = cluster_ids.new_zeros(*cluster_ids.shape[:-1], num_clusters, dtype=torch.int32)
+    return sizes.scatter_add_(-1, cluster_ids, torch.ones_like(cluster_ids, dtype=torch.int32))
+
+
+def split_oversized(
+    features: torch.Tensor, centroids: torch.Tensor, cluster_ids: torch.Tensor, max_size: int
+) -> torch.Tensor:
+    """Cluster ids [*, T] in which no cluster is larger than max_size, so that it fits a budget.
+
+    In a head that has a larger one, the T // max_size smallest clusters are dissolved (their tokens
+    join the nearest of the others), which frees enough ids to cut every large cluster into equal
+    parts by position; ids are then dealt anew in order.
+    """
+    num_tokens, num_clusters = cluster_ids.shape[-1], centroids.shape[-2]
+    sizes = cluster_sizes(cluster_ids, num_clusters)
+    has_oversized = (sizes > max_size).any(-1)
+    smallest = sizes.argsort(dim=-1, stable=True)[..., : num_tokens // max_size]
+    dissolved = torch.zeros_like(sizes, dtype=torch.bool).scatter_(-1, smallest, True)
+    kept_centroids = centroids.masked_fill(dissolved.unsqueeze(-1), float("nan"))
+    moved = assign(features, kept_centroids)
+    ids = torch.where(dissolved.gather(-1, cluster_ids), moved, cluster_ids)
+
+    sizes = cluster_sizes(ids, num_clusters)
+    parts = (sizes + max_size - 1) // max_size
+    first_part = parts.cumsum(-1) - parts
+    # rank of each token inside its cluster, by position
+    order = ids.argsort(dim=-1, stable=True)
+    begin = (sizes.cumsum(-1) - sizes).gather(-1, ids.gather(-1, order))
+    rank = torch.empty_like(ids)
+    position_in_order = torch.arange(num_tokens, device=ids.device).expand(ids.shape)
+    rank.scatter_(-1, order, position_in_order - begin)
+    size, part_count = sizes.gather(-1, ids), parts.gather(-1, ids)
+    split_ids = first_part.gather(-1, ids) + rank * part_count // size
+    return torch.where(has_oversized.unsqueeze(-1), split_ids, cluster_ids)
+
+
+def cluster_segment(
+    features: torch.Tensor,
+    num_clusters: int,
+    max_cluster_size: int,
+    num_lloyd_iters: int,
+    segment_index: int,
+) -> torch.Tensor:
+    """[*, T] int64 cluster ids of a segment: k-means of features [*, T, D], float32.
+
+    Raises:
+        ValueError: num_clusters clusters of max_cluster_size cannot hold the tokens.
+    """
+    num_tokens = features.shape[-2]
+    # dissolving must leave a cluster to join, and the parts must fit the freed ids
+    if not num_tokens // max_cluster_size < num_clusters <= num_tokens:
+        raise ValueError(
+            f"cluster_segment: {num_tokens} tokens need more than "
+            f"{num_tokens // max_cluster_size} clusters of at most {max_cluster_size} tokens and "
+            f"at most one cluster a token, got {num_clusters}"
+        )
+    # k-means does not see a common offset; low-precision distances do
+    features = features.float() - features.float().mean(-2, keepdim=True)
+    seeds = seed_positions(num_tokens, num_clusters, segment_index).to(features.device)
+    centroids = features[..., seeds, :]
+    for _ in range(num_lloyd_iters):
+        means = cluster_means(features, assign(features, centroids), num_clusters)
+        # a cluster that lost its last token stays where it was
+        centroids = torch.where(means.isnan(), centroids, means)
+    return split_oversized(features, centroids, assign(features, centroids), max_cluster_size)
+
+
+def summarize_clusters(
+    keys: torch.Tensor, values: torch.Tensor, cluster_ids: torch.Tensor, num_clusters: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What attention sees of a segment's clusters.
+
+    Args:
+        keys, values: [*, T, D], as they lie in the KV pool (keys with RoPE).
+        cluster_ids: [*, T].
+
+    Returns:
+        key_centroids, value_centroids [*, K, D] float32, 0 for an empty cluster;
+        cluster_sizes [*, K] int32; key_variance [*, K] float32, the variance of the cluster's keys
+        about their mean, averaged over the D dimensions.
+    """
+    key_centroids = cluster_means(keys, cluster_ids, num_clusters).nan_to_num(0.0)
+    value_centroids = cluster_means(values, cluster_ids, num_clusters).nan_to_num(0.0)
+    member_centroid = key_centroids.gather(-2, cluster_ids.unsqueeze(-1).expand(keys.shape))
+    spread = (keys.float() - member_centroid).square().mean(-1, keepdim=True)
+    key_variance = cluster_means(spread, cluster_ids, num_clusters).squeeze(-1).nan_to_num(0.0)
+    return key_centroids, value_centroids, cluster_sizes(cluster_ids, num_clusters), key_variance
+
+
+# ---------------------------------------------------------------------------- a decode step
+
+
+def centroid_lookup(q: torch.Tensor, key_centroids: torch.Tensor, sm_scale: float) -> torch.Tensor:
+    """[H, G, K] float32 scores (natural-log logits) of q [H, G, D] against [H, K, D]."""
+    return q.float() @ key_centroids.float().mT * sm_scale
+
+
+def tail_logits(
+    q: torch.Tensor,
+    scores: torch.Tensor,
+    cluster_sizes: torch.Tensor,
+    key_variance: torch.Tensor,
+    sm_scale: float,
+    max_logit_variance: float,
+) -> torch.Tensor:
+    """[H, G, K] log of the softmax mass a cluster stands for; -inf for an empty cluster.
+
+        log(size) + score + min(variance of its logits, max_logit_variance) / 2
+
+    The mean of exp is larger than exp of the mean (Jensen); the last term is the second-order
+    correction, with the variance of the logits taken as |q * sm_scale|^2 * key_variance.
+    """
+    logit_variance = (q.float() * sm_scale).square().sum(-1, keepdim=True) * key_variance[:, None]
+    correction = 0.5 * logit_variance.clamp(max=max_logit_variance)
+    return scores + correction + cluster_sizes[:, None].float().log()
+
+
+def cluster_selection(
+    scores: torch.Tensor,
+    tail: torch.Tensor,
+    exact_lse: torch.Tensor,
+    cluster_sizes: torch.Tensor,
+    token_budget: int,
+) -> torch.Tensor:
+    """[H, K] bool: the clusters that each KV head attends to exactly.
+
+    A cluster is ranked by its tokens' estimated mean probability, summed over the G query heads:
+    exp(score - lse), lse the log of the full denominator (clusters and always-exact tokens).
+    Clusters are taken whole, best first (a tie takes the lower index), while their sizes sum to at
+    most token_budget; the first that does not fit ends the list. The best is always taken, unless
+    the budget is 0.
+
+    Args:
+        scores: [H, G, K] float32, from centroid_lookup.
+        tail: [H, G, K] float32, from tail_logits.
+        exact_lse: [H, G] float32, of the always-exact tokens (sinks, recent, not clustered).
+        cluster_sizes: [H, K] int32, tokens.
+    """
+    lse = torch.logaddexp(torch.logsumexp(tail, -1), exact_lse)
+    probability = (scores - lse.unsqueeze(-1)).exp().sum(1)
+    nonempty = cluster_sizes > 0
+    order = probability.masked_fill(~nonempty, -1.0).argsort(dim=-1, descending=True, stable=True)
+    sizes = cluster_sizes.gather(-1, order)
+    taken = sizes.cumsum(-1) <= token_budget
+    taken[..., :1] = token_budget > 0
+    return torch.zeros_like(nonempty).scatter_(-1, order, taken) & nonempty
+
+
+def exact_attention(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, sm_scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of q [H, G, D] to the tokens of keys, values [H, T, D] where mask [H, T] is true.
+
+    Returns:
+        out [H, G, D] in q's dtype and lse [H, G] float32; 0 and -inf where a head's mask is empty.
+    """
+    scores = (q @ keys.mT).float() * sm_scale
+    return _attend(scores.masked_fill(~mask.unsqueeze(1), float("-inf")), values)
+
+
+def centroid_attention(
+    tail: torch.Tensor, value_centroids: torch.Tensor, selected: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention to the centroids of the clusters not selected, each weighted by exp(tail).
+
+    Args:
+        tail: [H, G, K] float32, from tail_logits.
+        value_centroids: [H, K, D].
+        selected: [H, K] bool.
+    """
+    return _attend(tail.masked_fill(selected.unsqueeze(1), float("-inf")), value_centroids)
+
+
+def _attend(scores: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    if scores.shape[-1] == 0:
+        shape = scores.shape[:-1]
+        return values.new_zeros(*shape, values.shape[-1]), scores.new_full(shape, float("-inf"))
+    lse = torch.logsumexp(scores, -1)
+    # a row with nothing to attend to has weights exp(-inf - -inf) = NaN
+    weight = (scores - lse.unsqueeze(-1)).exp().nan_to_num(0.0)
+    return weight.to(values.dtype) @ values, lse
+
+
+def merge_states(
+    part_out: torch.Tensor, part_lse: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Merge attention states of disjoint tokens: out [*, P, D], lse [*, P] -> [*, D], [*]."""
+    lse = torch.logsumexp(part_lse, dim=-1)
+    # a row whose parts are all empty has weights exp(-inf - -inf) = NaN: it attends to nothing
+    weight = torch.exp(part_lse - lse.unsqueeze(-1)).nan_to_num(0.0)
+    out = (part_out.nan_to_num(0.0) * weight.unsqueeze(-1).to(part_out.dtype)).sum(dim=-2)
+    return out, lse
+
+
+def multipole_attention(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    cluster_ids: torch.Tensor,
+    key_centroids: torch.Tensor,
+    value_centroids: torch.Tensor,
+    cluster_sizes: torch.Tensor,
+    key_variance: torch.Tensor,
+    token_budget: int,
+    sm_scale: float,
+    max_logit_variance: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One decode step of one request and layer: every token is counted exactly once.
+
+    Args:
+        q: [H * G, D], query heads of a KV head adjacent.
+        keys, values: [T, H, D], the request's tokens in order of position.
+        cluster_ids: [H, T], -1 for a token in no cluster: sinks, recent and not yet clustered.
+        key_centroids, value_centroids, cluster_sizes, key_variance: [H, K, ...], all segments'
+            clusters in a row, as summarize_clusters gives them.
+        token_budget: tokens per KV head attended exactly beside those in no cluster.
+
+    Returns:
+        out [H * G, D] in q's dtype, lse [H * G] float32, selected [H, K] bool.
+    """
+    num_kv_heads, head_dim = keys.shape[1], keys.shape[2]
+    grouped_q = q.view(num_kv_heads, -1, head_dim)
+    keys, values = keys.transpose(0, 1), values.transpose(0, 1)
+    in_no_cluster = cluster_ids < 0
+
+    always_out, always_lse = exact_attention(grouped_q, keys, values, in_no_cluster, sm_scale)
+    scores = centroid_lookup(grouped_q, key_centroids, sm_scale)
+    tail = tail_logits(
+        grouped_q, scores, cluster_sizes, key_variance, sm_scale, max_logit_variance
+    )
+    selected = cluster_selection(scores, tail, always_lse, cluster_sizes, token_budget)
+    if selected.shape[-1] == 0:
+        in_selected = torch.zeros_like(in_no_cluster)
+    else:
+        in_selected = selected.gather(-1, cluster_ids.clamp(min=0)) & ~in_no_cluster
+    exact_out, exact_lse = exact_attention(grouped_q, keys, values, in_selected, sm_scale)
+    tail_out, tail_lse = centroid_attention(tail, value_centroids.to(q.dtype), selected)
+    out, lse = merge_states(
+        torch.stack([always_out, exact_out, tail_out], -2),
+        torch.stack([always_lse, exact_lse, tail_lse], -1),
+    )
+    return out.reshape(q.shape), lse.flatten(), selected

@@ -1,0 +1,1 @@
+"""What this extension changes in SGLang, one change a file."""

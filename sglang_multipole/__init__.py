@@ -1,0 +1,3 @@
+"""Multipole Attention as an SGLang extension."""
+
+__version__ = "0.1.0"
