@@ -6,6 +6,7 @@ import argparse
 import errno
 import socket
 import sys
+from pathlib import Path
 
 from sglang_multipole import supervisor
 from sglang_multipole.server_arguments import read_given
@@ -27,11 +28,16 @@ def main(argv: list[str] | None = None) -> int:
         help="`sglang serve` with this plugin, also on a machine without a GPU",
         add_help=False,
     )
+    demo = subcommands.add_parser(
+        "demo-model",
+        help="make SmolLM2-135M-Instruct, the demo's model, and print its folder",
+    )
+    demo.add_argument("--folder", type=Path, help="where to keep it, instead of the user's cache")
     # serve takes SGLang's flags, which this parser must not know
     if argv[:1] == ["serve"]:
         return serve(argv[1:])
-    parser.parse_args(argv)
-    return 0
+    arguments = parser.parse_args(argv)
+    return make_demo_model(arguments.folder)
 
 
 def serve(argv: list[str]) -> int:
@@ -56,6 +62,19 @@ def serve(argv: list[str]) -> int:
             "says why\n"
         )
     return code
+
+
+def make_demo_model(folder: Path | None) -> int:
+    """Make the demo's model unless it exists; the last line on stdout is its folder."""
+    from sglang_multipole import demo_model
+
+    try:
+        folder = demo_model.make(folder or demo_model.default_folder())
+    except RuntimeError as error:
+        sys.stderr.write(f"sglang-multipole demo-model: {error}\n")
+        return 1
+    sys.stdout.write(f"{folder}\n")
+    return 0
 
 
 def require_free_port(host: str, port: int) -> None:

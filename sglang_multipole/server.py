@@ -17,8 +17,12 @@ def main(argv: list[str]) -> None:
     cpu_host.prepare()
     from sglang.srt.plugins import load_plugins
 
-    # `sglang serve --help` returns before it loads plugins: then our flags would be missing
+    # `sglang serve` loads them after it has answered --help, where our flags would be missing
     load_plugins()
+    if "--help" in argv or "-h" in argv:
+        from sglang.srt.server_args import prepare_server_args
+
+        prepare_server_args(["--help"])  # ends this process
     from sglang.cli.serve import serve
 
     if argv and not argv[0].startswith("-"):
