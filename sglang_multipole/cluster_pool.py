@@ -30,7 +30,9 @@ class PoolShape:
     device: torch.device | str
 
 
-def place_bytes(config: MultipoleConfig, num_layers: int, num_kv_heads: int, head_dim: int, element_size: int) -> int:
+def place_bytes(
+    config: MultipoleConfig, num_layers: int, num_kv_heads: int, head_dim: int, element_size: int
+) -> int:
     """Bytes of one place (one segment, all layers and KV heads of this rank)."""
     num_clusters, size = config.clusters_per_segment, config.segment_size
     per_cluster = 2 * head_dim * element_size + 2 + 4 + 2  # centroids, size, variance, begin
@@ -127,9 +129,7 @@ class ClusterPool:
         found = usable & self.matches(place, slots, extent)
         return place * found, extent * found
 
-    def register(
-        self, place: int, slots: torch.Tensor, row: int, extent: int
-    ) -> None:
+    def register(self, place: int, slots: torch.Tensor, row: int, extent: int) -> None:
         """Make a built place findable: a full one by its last slot, an open one by its row.
 
         Args:

@@ -75,7 +75,11 @@ class MultipoleConfig:
         1 << 20,
     )
     pool_headroom: int = _key(
-        64, "places of the cluster pool beyond one per segment of the KV pool", "segments", 2, 1 << 20
+        64,
+        "places of the cluster pool beyond one per segment of the KV pool",
+        "segments",
+        2,
+        1 << 20,
     )
     strict_activation: bool = _key(
         False,
@@ -146,7 +150,7 @@ class MultipoleConfig:
         if not isinstance(values, dict):
             raise ConfigError(
                 f"the multipole config must be a JSON object, got {type(values).__name__}; "
-                'example: \'{"token_budget": 1024}\''
+                "example: '{\"token_budget\": 1024}'"
             )
         known = {field.name: field for field in dataclasses.fields(cls)}
         for key in values:
@@ -183,7 +187,7 @@ class MultipoleConfig:
         except ValueError as error:
             raise ConfigError(
                 f"{where} is not valid JSON ({error}); "
-                'example: --multipole-config \'{"token_budget": 1024}\''
+                "example: --multipole-config '{\"token_budget\": 1024}'"
             ) from error
         return cls.from_dict(values)
 

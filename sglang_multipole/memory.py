@@ -9,7 +9,7 @@ from sglang_multipole.config import MultipoleConfig
 
 
 def num_places(config: MultipoleConfig, num_tokens: int) -> int:
-    """Places for a KV pool of num_tokens tokens: one a segment, headroom, and place 0 for padding."""
+    """Places for a KV pool of num_tokens tokens: one a segment, headroom, and place 0."""
     return -(-num_tokens // config.segment_size) + config.pool_headroom + 1
 
 

@@ -12,13 +12,16 @@ from sglang_multipole.config import BACKEND_NAME
 
 def register() -> None:
     """Register the backend's name and the hooks of this process."""
+    from sglang.srt.server_args import ATTENTION_BACKEND_CHOICES, add_attention_backend_choices
+
     from multipole_patches import (
         ARGUMENT_PATCHES,
         SCHEDULER_PATCHES,
         engine_arguments,
+    )
+    from multipole_patches import (
         register as register_hooks,
     )
-    from sglang.srt.server_args import ATTENTION_BACKEND_CHOICES, add_attention_backend_choices
 
     if BACKEND_NAME not in ATTENTION_BACKEND_CHOICES:
         add_attention_backend_choices([BACKEND_NAME])

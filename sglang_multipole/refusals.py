@@ -64,7 +64,9 @@ ARGUMENTS = (
         _flag("rl_on_policy_target", None),
         "leave out --rl-on-policy-target: sparse attention changes the log-probabilities",
     ),
-    Refusal("unified memory pool", _flag("enable_unified_memory"), "leave out --enable-unified-memory"),
+    Refusal(
+        "unified memory pool", _flag("enable_unified_memory"), "leave out --enable-unified-memory"
+    ),
     Refusal(
         "hierarchical cache",
         _flag("enable_hierarchical_cache"),
@@ -83,12 +85,22 @@ ARGUMENTS = (
         "leave out --enable-two-batch-overlap",
     ),
     Refusal("PD multiplexing", _flag("enable_pdmux"), "leave out --enable-pdmux"),
-    Refusal("DP attention", _flag("enable_dp_attention"), "use --dp-size without --enable-dp-attention"),
-    Refusal("decode context parallelism", _flag("dcp_size", 1), "use --tp-size in place of --dcp-size"),
+    Refusal(
+        "DP attention", _flag("enable_dp_attention"), "use --dp-size without --enable-dp-attention"
+    ),
+    Refusal(
+        "decode context parallelism", _flag("dcp_size", 1), "use --tp-size in place of --dcp-size"
+    ),
     Refusal("attention context parallelism", _flag("attn_cp_size", 1), "leave out --attn-cp-size"),
-    Refusal("diffusion language models", _flag("dllm_algorithm", None), "leave out --dllm-algorithm"),
+    Refusal(
+        "diffusion language models", _flag("dllm_algorithm", None), "leave out --dllm-algorithm"
+    ),
     Refusal("torch.compile", _flag("enable_torch_compile"), "leave out --enable-torch-compile"),
-    Refusal("elastic expert parallelism", _flag("elastic_ep_backend", None), "leave out --elastic-ep-backend"),
+    Refusal(
+        "elastic expert parallelism",
+        _flag("elastic_ep_backend", None),
+        "leave out --elastic-ep-backend",
+    ),
     Refusal(
         "a quantised KV cache",
         lambda args: getattr(args, "kv_cache_dtype", "auto") not in ("auto", "bf16", "bfloat16"),

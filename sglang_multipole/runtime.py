@@ -1,10 +1,10 @@
 """What one model runner holds: the pool, its planner and builder, and a decode step's life.
 
-    Scheduler.run_batch            plan_step       host: kills and orders from token counts
-    backend.init_forward_metadata  begin_step      device: kills, builds, snapshot, decode plan
-    backend.forward_decode         (per layer)     device: attention, counters
-    Scheduler.run_batch            end_step        device: feedback copied to the host
-    process_batch_result           apply_feedback  host: places, requests, counters
+Scheduler.run_batch            plan_step       host: kills and orders from token counts
+backend.init_forward_metadata  begin_step      device: kills, builds, snapshot, decode plan
+backend.forward_decode         (per layer)     device: attention, counters
+Scheduler.run_batch            end_step        device: feedback copied to the host
+process_batch_result           apply_feedback  host: places, requests, counters
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from multipole_kernels.torch_decode import NUM_COUNTERS, DecodePlan, PoolLayer
 
+from multipole_kernels.torch_decode import NUM_COUNTERS, DecodePlan, PoolLayer
 from sglang_multipole.activity import Activity
 from sglang_multipole.cluster_pool import ClusterPool, PoolShape
 from sglang_multipole.config import MultipoleConfig
@@ -91,9 +91,7 @@ class MultipoleRuntime:
             self.build_seconds += time.perf_counter() - started
         budget = torch.tensor([row.token_budget for row in plan.rows], device=rows.device)
         self._snapshot(rows, seq_lens.long(), budget, plan.step)
-        self.counters = torch.zeros(
-            len(rows), NUM_COUNTERS, dtype=torch.int64, device=rows.device
-        )
+        self.counters = torch.zeros(len(rows), NUM_COUNTERS, dtype=torch.int64, device=rows.device)
 
     def _snapshot(
         self, rows: torch.Tensor, seq_lens: torch.Tensor, budget: torch.Tensor, step: int

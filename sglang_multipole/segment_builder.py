@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 
 import torch
-from multipole_kernels import reference
 
+from multipole_kernels import reference
 from sglang_multipole.cluster_pool import ClusterPool
 
 

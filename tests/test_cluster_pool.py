@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from multipole_kernels.torch_decode import multipole_decode
 
+from multipole_kernels.torch_decode import multipole_decode
 from sglang_multipole.activity import Activity
 from sglang_multipole.cluster_pool import PoolShape
 from sglang_multipole.config import MultipoleConfig
@@ -35,9 +35,7 @@ class Host:
         self.req_to_token = torch.zeros(NUM_ROWS, 2048, dtype=torch.int32)
         shape = PoolShape(1, HEADS, DIM, NUM_SLOTS, NUM_ROWS, torch.float32, "cpu")
         self.layer = KVLayer(keys, values, None, None)
-        self.runtime = MultipoleRuntime(
-            config, shape, num_places, [self.layer], self.req_to_token
-        )
+        self.runtime = MultipoleRuntime(config, shape, num_places, [self.layer], self.req_to_token)
         self.free = torch.randperm(NUM_SLOTS - 1, generator=generator) + 1
         self.rows: dict[str, tuple[int, int]] = {}
         self.activities: dict[str, Activity] = {}

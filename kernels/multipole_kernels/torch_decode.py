@@ -1,4 +1,4 @@
-"""A decode step over the cluster pool in PyTorch: what the Triton kernels compute, from what they read.
+"""A decode step over the cluster pool in PyTorch: what the Triton kernels compute.
 
 Serves machines without a GPU, and the tests as the kernels' counterpart on the pool's own layout.
 Loops over rows and KV heads and reads counts on the host, so it is no code for a GPU server.

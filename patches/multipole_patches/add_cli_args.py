@@ -33,7 +33,7 @@ def hook(result: None, parser: argparse.ArgumentParser) -> None:
         type=_config_values,
         default=None,
         metavar="JSON|@FILE",
-        help='Settings of multipole attention, for example \'{"token_budget": 1024}\', or @FILE '
+        help="Settings of multipole attention, for example '{\"token_budget\": 1024}', or @FILE "
         "with such JSON.",
     )
 

@@ -2,7 +2,7 @@
 
 Why: the model is loaded, both of SGLang's pools exist and the attention backends do not yet: the
 only moment at which everything we need is there. The allocator's own methods are wrapped on the
-instance, so that no other allocator is touched: every slot that can get new content passes `alloc*`.
+instance, so that no other allocator is touched; every slot that gets new content passes `alloc*`.
 Versions: 0.5.17.
 Removed by: an upstream hook after memory pool creation, and an allocation listener.
 """

@@ -19,7 +19,9 @@ TARGET = "sglang.srt.managers.scheduler.Scheduler.run_batch"
 TYPE = "around"
 
 
-def hook(original: Callable[..., Any], scheduler: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
+def hook(
+    original: Callable[..., Any], scheduler: Any, batch: Any, *args: Any, **kwargs: Any
+) -> Any:
     runtime = runtime_of(scheduler.tp_worker.model_runner)
     if runtime is None or not batch.forward_mode.is_decode() or not batch.reqs:
         return original(scheduler, batch, *args, **kwargs)
