@@ -84,6 +84,10 @@ class LocalServer:
             process.kill()
             process.wait()
 
+    def is_running(self) -> bool:
+        """Whether the server's process is there."""
+        return self._process is not None and self._process.poll() is None
+
     def post(self, path: str, body: dict[str, Any], timeout: float = 300.0) -> Any:
         """Send JSON and return the JSON that is answered; urllib's HTTPError if refused."""
         request = urllib.request.Request(
