@@ -14,6 +14,7 @@ from sglang_multipole.server_arguments import read_given
 USAGE_ERROR = 2
 DEFAULT_HOST = "127.0.0.1"  # SGLang's defaults
 DEFAULT_PORT = 30000
+MAX_PORT = 65535
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -51,7 +52,7 @@ def serve(argv: list[str]) -> int:
         given = read_given(argv)
         if not given.get("model_path") and not given.get("model"):
             raise ValueError("a model is required, got none; add --model-path <folder or name>")
-        require_free_port(given.get("host") or DEFAULT_HOST, int(given.get("port") or DEFAULT_PORT))
+        require_free_port(given.get("host") or DEFAULT_HOST, _read_port(given.get("port")))
     except ValueError as error:
         sys.stderr.write(f"sglang-multipole serve: {error}\n")
         return USAGE_ERROR
@@ -99,6 +100,14 @@ def require_free_port(host: str, port: int) -> None:
             f"the address must be one of this machine, got {host}:{port} ({error.strerror}); "
             "choose another with --host and --port"
         ) from error
+
+
+def _read_port(text: str | None) -> int:
+    if not text:
+        return DEFAULT_PORT
+    if not text.isdecimal() or int(text) > MAX_PORT:
+        raise ValueError(f"the port must be a number up to {MAX_PORT}, got {text!r}")
+    return int(text)
 
 
 if __name__ == "__main__":

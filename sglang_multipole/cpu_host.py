@@ -33,7 +33,7 @@ USE_CPU_ENGINE = "SGLANG_USE_CPU_ENGINE"  # SGLang's own switch
 STAND_IN_PATH = Path(__file__).parent / "stand_in"
 
 # What SGLang's parser needs on a CPU, unless the user says otherwise; each with its reason.
-CPU_ARGUMENTS: dict[str, str | int] = {
+CPU_ARGUMENTS: dict[str, str | int | bool] = {
     # SGLang looks for an accelerator first
     "device": "cpu",
     # the default, intel_amx, needs a kernel build with AMX; this is dense prefill and dense decode,
@@ -50,6 +50,8 @@ CPU_ARGUMENTS: dict[str, str | int] = {
     "cuda_graph_backend_prefill": "disabled",
     # SGLang would take most of the machine's memory for the KV pool
     "max_total_tokens": 32768,
+    # an idle scheduler would keep one core busy
+    "sleep_on_idle": True,
 }
 
 
@@ -93,7 +95,7 @@ def prepare() -> bool:
     return True
 
 
-def engine_arguments(given: Container[str] = ()) -> dict[str, str | int]:
+def engine_arguments(given: Container[str] = ()) -> dict[str, str | int | bool]:
     """Arguments for `sgl.Engine` that this machine needs; empty where there is a CUDA driver.
 
     Args:
@@ -107,7 +109,8 @@ def engine_arguments(given: Container[str] = ()) -> dict[str, str | int]:
 def server_arguments(given: Container[str] = ()) -> list[str]:
     """The same as command line flags for `sglang serve`."""
     return [
-        f"--{name.replace('_', '-')}={value}" for name, value in engine_arguments(given).items()
+        f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}")
+        for name, value in engine_arguments(given).items()
     ]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from types import FrameType
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 STOP_SECONDS = 30.0  # for running requests to end; SGLang itself waits 15 s for its schedulers
+REAP_SECONDS = 10.0  # for killed processes to leave
 
 
 def run(command: list[str], stop_seconds: float = STOP_SECONDS) -> int:
@@ -39,7 +41,11 @@ def run(command: list[str], stop_seconds: float = STOP_SECONDS) -> int:
 
     previous = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
-        process = subprocess.Popen(command, start_new_session=True, preexec_fn=_die_with_parent)
+        process = subprocess.Popen(
+            command,
+            start_new_session=True,
+            preexec_fn=functools.partial(die_with_parent, signal.SIGKILL),
+        )
         group = process.pid
         stop_by = None
         while process.poll() is None:
@@ -65,9 +71,9 @@ def _signal_group(group: int, signum: int) -> None:
         os.killpg(group, signum)
 
 
-def _reap(seconds: float = 10.0) -> None:
+def _reap() -> None:
     # the killed children were re-parented to us, their subreaper
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + REAP_SECONDS
     while time.monotonic() < deadline:
         try:
             pid, _ = os.waitpid(-1, os.WNOHANG)
@@ -77,8 +83,9 @@ def _reap(seconds: float = 10.0) -> None:
             time.sleep(0.02)
 
 
-def _die_with_parent() -> None:
-    _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+def die_with_parent(signum: int) -> None:
+    """Have the kernel send `signum` to this process when its parent ends (a `preexec_fn`)."""
+    _prctl(PR_SET_PDEATHSIG, signum)
 
 
 def _prctl(option: int, value: int) -> None:
