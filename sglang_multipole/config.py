@@ -75,10 +75,11 @@ class MultipoleConfig:
         1 << 20,
     )
     pool_headroom: int = _key(
-        64,
-        "places of the cluster pool beyond one per segment of the KV pool",
+        0,
+        "places of the cluster pool beyond one per segment of the KV pool, for open segments; "
+        "0 chooses a sixteenth as many and 8",
         "segments",
-        2,
+        0,
         1 << 20,
     )
     strict_activation: bool = _key(

@@ -10,11 +10,12 @@ from sglang_multipole.config import MultipoleConfig
 
 def num_places(config: MultipoleConfig, num_tokens: int) -> int:
     """Places for a KV pool of num_tokens tokens: one a segment, headroom, and place 0."""
-    return -(-num_tokens // config.segment_size) + config.pool_headroom + 1
+    num_segments = -(-num_tokens // config.segment_size)
+    return num_segments + (config.pool_headroom or num_segments // 16 + 8) + 1
 
 
 def bytes_per_token(config: MultipoleConfig, kvc: Any, num_layers: int) -> int:
-    """Bytes of the cluster pool per token of the KV pool, rounded up.
+    """Bytes of the cluster pool per token of the KV pool, headroom included, rounded up.
 
     Args:
         kvc: SGLang's KVCacheConfigurator.
@@ -24,5 +25,6 @@ def bytes_per_token(config: MultipoleConfig, kvc: Any, num_layers: int) -> int:
     num_kv_heads = kvc.model_config.get_num_kv_heads(get_parallel().attn_tp_size)
     element_size = kvc.kv_cache_dtype.itemsize
     segment = place_bytes(config, num_layers, num_kv_heads, kvc.model_config.head_dim, element_size)
+    with_headroom = segment if config.pool_headroom else segment * 17 // 16
     # per slot: segment_of_slot and slot_generation, int32 each
-    return -(-segment // config.segment_size) + 8
+    return -(-with_headroom // config.segment_size) + 8

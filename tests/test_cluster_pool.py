@@ -209,3 +209,18 @@ def test_a_step_without_its_plan_is_refused():
     host = Host(SMALL)
     with pytest.raises(RuntimeError, match=r"Scheduler.run_batch"):
         host.runtime.begin_step(torch.tensor([1]), torch.tensor([5]))
+
+
+def test_dense_attention_in_place_of_the_sparse_path_shows_in_the_counters(monkeypatch):
+    """The proof of activity is worth nothing if a server that attends densely can pass it."""
+    host = Host(SMALL)
+    host.add("a", 1, 700)
+
+    def dense_in_disguise(q, key_cache, value_cache, layer, plan, sm_scale, limit, out, counters):
+        out.copy_(torch.zeros_like(q))
+
+    monkeypatch.setattr(f"{__name__}.multipole_decode", dense_in_disguise)
+    host.step()
+    counts = host.activities["a"].to_dict()
+    assert counts["segments_built"] == 5
+    assert counts["sparse_steps"] == counts["exact_tokens"] == counts["context_tokens"] == 0
