@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 
@@ -67,20 +68,15 @@ _keys = st.one_of(
 
 @given(st.dictionaries(_keys, _values, max_size=4))
 def test_any_dictionary_gives_a_configuration_or_a_named_error(values):
-    try:
+    with contextlib.suppress(ConfigError):
         config = MultipoleConfig.from_dict(values)
-    except ConfigError as error:
-        assert str(error)
-    else:
         assert config.to_dict() | values == config.to_dict()
 
 
 @given(st.text(max_size=40))
 def test_any_text_gives_a_configuration_or_a_named_error(text):
-    try:
+    with contextlib.suppress(ConfigError):
         MultipoleConfig.parse(text)
-    except ConfigError as error:
-        assert str(error)
 
 
 @given(st.integers(1, 200000))
