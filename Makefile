@@ -1,0 +1,42 @@
+# Everything below works in a fresh clone: nothing but Python 3.11 or newer (with venv) is needed.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+
+# flags of `make serve`, for example: make serve FLAGS="--port 30001"
+FLAGS ?= --enable-multipole
+
+.PHONY: help install demo serve test lint
+
+help:
+	@echo "make demo   a real server, best of 4 over a long prompt, and a dense twin"
+	@echo "make serve  the demo's model on http://127.0.0.1:30000 (FLAGS=... for others)"
+	@echo "make test   all tests that need no GPU"
+	@echo "make lint   ruff check and ruff format --check"
+
+# uv, because pip takes five minutes more for the same packages
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "make: Python must be 3.11 or newer, got $$($(PYTHON) -V); give PYTHON=<path>" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip install --python $(BIN)/python --editable '.[dev]'
+	@touch $@
+
+install: $(STAMP)
+
+demo: $(STAMP)
+	@$(BIN)/python examples/demo.py
+
+serve: $(STAMP)
+	@model="$$($(BIN)/sglang-multipole demo-model)" && \
+		exec $(BIN)/sglang-multipole serve --model-path "$$model" $(FLAGS)
+
+test: $(STAMP)
+	@$(BIN)/python -m pytest -m "not gpu"
+
+lint: $(STAMP)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .

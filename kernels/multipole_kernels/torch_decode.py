@@ -1,0 +1,165 @@
+"""A decode step over the cluster pool in PyTorch: what the Triton kernels compute.
+
+Serves machines without a GPU, and the tests as the kernels' counterpart on the pool's own layout.
+Loops over rows and KV heads and reads counts on the host, so it is no code for a GPU server.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from multipole_kernels import reference
+
+
+@dataclasses.dataclass(frozen=True)
+class PoolLayer:
+    """One layer of the cluster pool; shapes in docs/architecture.md.
+
+    key_centroids, value_centroids [P, H, K, D]; cluster_sizes [P, H, K] int16; key_variance
+    [P, H, K] float32; members [P, H, S] int16; member_begin [P, H, K] int16; segment_slots [P, S]
+    int32.
+    """
+
+    key_centroids: torch.Tensor
+    value_centroids: torch.Tensor
+    cluster_sizes: torch.Tensor
+    key_variance: torch.Tensor
+    members: torch.Tensor
+    member_begin: torch.Tensor
+    segment_slots: torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodePlan:
+    """A step's work, the same for all layers.
+
+    An item is one usable segment of one row. item_indptr [B + 1] int32, item_place [items] int32;
+    exact_indptr [B + 1] int32 and exact_slots [exact_indptr[B]] int32: the tokens attended exactly
+    whatever is selected; token_budget [B] int32, tokens per KV head; seq_lens [B] int32.
+    """
+
+    item_indptr: torch.Tensor
+    item_place: torch.Tensor
+    exact_indptr: torch.Tensor
+    exact_slots: torch.Tensor
+    token_budget: torch.Tensor
+    seq_lens: torch.Tensor
+
+
+# columns of the counters; see multipole_decode
+SPARSE_STEPS, DENSE_STEPS, EXACT_TOKENS, CONTEXT_TOKENS = range(4)
+NUM_COUNTERS = 4
+
+
+def multipole_decode(
+    q: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    layer: PoolLayer,
+    plan: DecodePlan,
+    sm_scale: float,
+    max_logit_variance: float,
+    out: torch.Tensor,
+    counters: torch.Tensor,
+) -> None:
+    """Attention of one new token per row.
+
+    Args:
+        q: [B, H * G, D]; key_cache, value_cache: [num_slots, H, D].
+        out: [B, H * G, D], written.
+        counters: [B, 4] int64, added to by what was attended in this call: 1 if the row had
+            clusters (sparse), else 1 in the next column (dense); tokens attended exactly, mean of
+            the KV heads; tokens in context.
+    """
+    item_indptr, exact_indptr = plan.item_indptr.tolist(), plan.exact_indptr.tolist()
+    for row in range(q.shape[0]):
+        places = plan.item_place[item_indptr[row] : item_indptr[row + 1]].long()
+        slots = plan.exact_slots[exact_indptr[row] : exact_indptr[row + 1]].long()
+        out[row], num_selected = _decode_row(
+            q[row],
+            key_cache,
+            value_cache,
+            layer,
+            places,
+            slots,
+            int(plan.token_budget[row]),
+            sm_scale,
+            max_logit_variance,
+        )
+        counters[row, SPARSE_STEPS if len(places) else DENSE_STEPS] += 1
+        counters[row, EXACT_TOKENS] += len(slots) + num_selected
+        counters[row, CONTEXT_TOKENS] += plan.seq_lens[row]
+
+
+def _decode_row(
+    q: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    layer: PoolLayer,
+    places: torch.Tensor,
+    exact_slots: torch.Tensor,
+    token_budget: int,
+    sm_scale: float,
+    max_logit_variance: float,
+) -> tuple[torch.Tensor, int]:
+    """out [H * G, D] and the tokens of selected clusters, mean of the KV heads."""
+    num_kv_heads, head_dim = key_cache.shape[1:]
+    grouped_q = q.view(num_kv_heads, -1, head_dim)
+    keys, values = key_cache[exact_slots].transpose(0, 1), value_cache[exact_slots].transpose(0, 1)
+    everything = torch.ones(keys.shape[:2], dtype=torch.bool, device=q.device)
+    states = [reference.exact_attention(grouped_q, keys, values, everything, sm_scale)]
+    num_selected = 0
+    if len(places):
+        # [H, items * K, ...]
+        key_centroids = layer.key_centroids[places].transpose(0, 1).flatten(1, 2)
+        value_centroids = layer.value_centroids[places].transpose(0, 1).flatten(1, 2)
+        sizes = layer.cluster_sizes[places].transpose(0, 1).flatten(1, 2)
+        variance = layer.key_variance[places].transpose(0, 1).flatten(1, 2)
+        scores = reference.centroid_lookup(grouped_q, key_centroids, sm_scale)
+        tail = reference.tail_logits(
+            grouped_q, scores, sizes, variance, sm_scale, max_logit_variance
+        )
+        selected = reference.cluster_selection(
+            scores, tail, states[0][1], sizes.int(), token_budget
+        )
+        states.append(reference.centroid_attention(tail, value_centroids.to(q.dtype), selected))
+        head_states = []
+        for head in range(num_kv_heads):
+            slots = _member_slots(layer, places, head, selected[head])
+            num_selected += len(slots)
+            mask = torch.ones(1, len(slots), dtype=torch.bool, device=q.device)
+            head_states.append(
+                reference.exact_attention(
+                    grouped_q[head : head + 1],
+                    key_cache[slots, head].unsqueeze(0),
+                    value_cache[slots, head].unsqueeze(0),
+                    mask,
+                    sm_scale,
+                )
+            )
+        states.append(tuple(torch.cat(parts) for parts in zip(*head_states, strict=True)))
+    out, _ = reference.merge_states(
+        torch.stack([state_out for state_out, _ in states], -2),
+        torch.stack([lse for _, lse in states], -1),
+    )
+    return out.reshape(q.shape), num_selected // num_kv_heads
+
+
+def _member_slots(
+    layer: PoolLayer, places: torch.Tensor, head: int, selected: torch.Tensor
+) -> torch.Tensor:
+    """[tokens] int64 KV slots of the members of a head's selected clusters [items * K]."""
+    segment_size = layer.segment_slots.shape[1]
+    sizes = layer.cluster_sizes[places, head].long()
+    begin = layer.member_begin[places, head].long()
+    item, cluster = selected.view(sizes.shape).nonzero(as_tuple=True)
+    size = sizes[item, cluster]
+    # position of each member in its place's run of members, all clusters in a row
+    run_end = size.cumsum(0)
+    offset = torch.arange(int(size.sum()), device=size.device)
+    offset += (begin[item, cluster] - (run_end - size)).repeat_interleave(size)
+    place = places[item].repeat_interleave(size)
+    member = layer.members[place, head, offset.clamp(max=segment_size - 1)].long()
+    return layer.segment_slots[place, member].long()

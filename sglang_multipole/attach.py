@@ -1,0 +1,84 @@
+"""Build the runtime of a model runner and tie it to the KV pool's allocator."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Any
+
+from sglang_multipole import memory, refusals, sglang_compat
+from sglang_multipole.cluster_pool import PoolShape
+from sglang_multipole.config import MultipoleConfig
+from sglang_multipole.runtime import MultipoleRuntime
+
+logger = logging.getLogger(__name__)
+
+RUNTIME_ATTRIBUTE = "_multipole"
+
+
+def runtime_of(runner: Any) -> MultipoleRuntime | None:
+    """The model runner's runtime, or None when multipole is off."""
+    return getattr(runner, RUNTIME_ATTRIBUTE, None)
+
+
+def attach_runtime(runner: Any, values: dict[str, Any]) -> None:
+    """Give the runner its runtime.
+
+    Raises:
+        RefusedError: a layer or pool of the model is not supported.
+    """
+    refusals.check_runner(runner)
+    config = MultipoleConfig.from_dict(values)
+    layers = sglang_compat.kv_layers(runner)
+    num_slots, num_kv_heads, head_dim = layers[0].key_buffer.shape
+    req_to_token = runner.req_to_token_pool.req_to_token
+    shape = PoolShape(
+        num_layers=len(layers),
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        num_slots=num_slots,
+        num_rows=req_to_token.shape[0],
+        dtype=layers[0].key_buffer.dtype,
+        device=runner.device,
+    )
+    num_places = memory.num_places(config, runner.max_total_num_tokens)
+    runtime = MultipoleRuntime(config, shape, num_places, layers, req_to_token)
+    _watch(runner.token_to_kv_pool_allocator, runtime)
+    setattr(runner, RUNTIME_ATTRIBUTE, runtime)
+    kv_bytes = sum(layer.key_buffer.nbytes + layer.value_buffer.nbytes for layer in layers)
+    logger.info(
+        "Multipole attention: cluster pool %.3f GiB (%.1f %% of the KV pool), %d segments of %d "
+        "tokens; token budget %d, exact below %d tokens",
+        runtime.pool.nbytes / 2**30,
+        100 * runtime.pool.nbytes / kv_bytes,
+        num_places - 1,
+        config.segment_size,
+        config.token_budget,
+        config.min_context,
+    )
+
+
+def _watch(allocator: Any, runtime: MultipoleRuntime) -> None:
+    for name in ("alloc", "alloc_extend", "alloc_decode"):
+        if hasattr(allocator, name):
+            setattr(allocator, name, _invalidating(getattr(allocator, name), runtime))
+    clear = allocator.clear
+
+    @functools.wraps(clear)
+    def clear_both() -> None:
+        clear()
+        runtime.clear()
+
+    allocator.clear = clear_both
+
+
+def _invalidating(alloc: Any, runtime: MultipoleRuntime) -> Any:
+    @functools.wraps(alloc)
+    def alloc_and_invalidate(*args: Any, **kwargs: Any) -> Any:
+        slots = alloc(*args, **kwargs)
+        # None: the pool is full, SGLang evicts and asks again
+        if slots is not None:
+            runtime.pool.invalidate_slots(slots)
+        return slots
+
+    return alloc_and_invalidate

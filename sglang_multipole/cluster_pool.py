@@ -1,0 +1,172 @@
+"""The cluster pool: the KV pool's side-car, one place a segment.
+
+Nothing here is tied to a request, a row or a node of the radix tree. A segment is identified by the
+KV slots of its tokens and the slots' generations; what does not match is not used. The layout is in
+docs/architecture.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from sglang_multipole.config import MultipoleConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class PoolShape:
+    """Sizes that the cluster pool takes from the model and from SGLang's pools.
+
+    num_slots counts KV slots with the padding page; num_rows rows of req_to_token.
+    """
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    num_slots: int
+    num_rows: int
+    dtype: torch.dtype
+    device: torch.device | str
+
+
+def place_bytes(
+    config: MultipoleConfig, num_layers: int, num_kv_heads: int, head_dim: int, element_size: int
+) -> int:
+    """Bytes of one place (one segment, all layers and KV heads of this rank)."""
+    num_clusters, size = config.clusters_per_segment, config.segment_size
+    per_cluster = 2 * head_dim * element_size + 2 + 4 + 2  # centroids, size, variance, begin
+    return num_layers * num_kv_heads * (num_clusters * per_cluster + 2 * size) + 8 * size + 12
+
+
+class ClusterPool:
+    """Device state of all segments. Place 0, slot 0 and row 0 are padding and never match."""
+
+    def __init__(self, config: MultipoleConfig, shape: PoolShape, num_places: int):
+        self.config, self.shape, self.num_places = config, shape, num_places
+        clusters, size = config.clusters_per_segment, config.segment_size
+        per_head = (shape.num_layers, num_places, shape.num_kv_heads)
+
+        def zeros(*dims: int, dtype: torch.dtype) -> torch.Tensor:
+            return torch.zeros(*dims, dtype=dtype, device=shape.device)
+
+        self.key_centroids = zeros(*per_head, clusters, shape.head_dim, dtype=shape.dtype)
+        self.value_centroids = zeros(*per_head, clusters, shape.head_dim, dtype=shape.dtype)
+        self.cluster_sizes = zeros(*per_head, clusters, dtype=torch.int16)
+        self.key_variance = zeros(*per_head, clusters, dtype=torch.float32)
+        self.members = zeros(*per_head, size, dtype=torch.int16)
+        self.member_begin = zeros(*per_head, clusters, dtype=torch.int16)
+
+        self.segment_slots = zeros(num_places, size, dtype=torch.int32)
+        self.segment_slot_generation = zeros(num_places, size, dtype=torch.int32)
+        self.segment_extent = zeros(num_places, dtype=torch.int32)
+        self.last_used = zeros(num_places, dtype=torch.int64)
+        self.segment_of_slot = zeros(shape.num_slots, dtype=torch.int32)
+        self.slot_generation = zeros(shape.num_slots, dtype=torch.int32)
+        self.open_place = zeros(shape.num_rows, dtype=torch.int32)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in vars(self).values() if isinstance(t, torch.Tensor))
+
+    def invalidate_slots(self, slots: torch.Tensor) -> None:
+        """The slots can get new content: no segment that holds one of them is found again."""
+        self.slot_generation[slots] += 1
+
+    def clear(self) -> None:
+        """Forget every segment; what the KV pool's own clear leaves behind is not found either."""
+        self.slot_generation += 1
+        self.segment_extent.zero_()
+        self.segment_of_slot.zero_()
+        self.open_place.zero_()
+
+    def kill(self, places: torch.Tensor) -> None:
+        """No row finds these places from here on."""
+        self.segment_extent[places] = 0
+
+    def matches(
+        self, places: torch.Tensor, slots: torch.Tensor, extent: torch.Tensor
+    ) -> torch.Tensor:
+        """[*] bool: the place holds a live segment of exactly these slots.
+
+        Args:
+            places: [*] int, 0 for none.
+            slots: [*, S] int, the segment's slots in the row.
+            extent: [*] int, tokens of it that must match; the rest is not compared.
+        """
+        same = (self.segment_slots[places] == slots) & (
+            self.segment_slot_generation[places] == self.slot_generation[slots]
+        )
+        offset = torch.arange(slots.shape[-1], device=slots.device)
+        behind = offset >= extent.unsqueeze(-1)
+        return (places > 0) & (extent > 0) & (same | behind).all(-1)
+
+    def find(
+        self, rows: torch.Tensor, slots: torch.Tensor, wanted: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Find each row's segments.
+
+        Args:
+            rows: [B] int64, rows of req_to_token.
+            slots: [B, N, S] int64, the slots of each row's first N segments; anything valid beyond
+                the row's length.
+            wanted: [B, N] int32, tokens of the segment that may be under clusters: S for a sealed
+                segment, less for the open one, 0 behind it.
+
+        Returns:
+            place [B, N] int64, 0 where none is found, and extent [B, N] int64, its tokens.
+        """
+        size = self.config.segment_size
+        is_sealed = wanted == size
+        # one slot belongs to one prefix, so the last token's slot names a sealed segment
+        sealed_place = self.segment_of_slot[slots[..., -1]]
+        open_place = self.open_place[rows].unsqueeze(-1)
+        place = torch.where(is_sealed, sealed_place, open_place) * (wanted > 0)
+        place = place.long()
+        extent = self.segment_extent[place].long()
+        # an open place that reaches further than this row may is another request's
+        usable = torch.where(is_sealed, extent == size, extent <= wanted)
+        found = usable & self.matches(place, slots, extent)
+        return place * found, extent * found
+
+    def register(self, place: int, slots: torch.Tensor, row: int, extent: int) -> None:
+        """Make a built place findable: a full one by its last slot, an open one by its row.
+
+        Args:
+            slots: [extent] int64.
+        """
+        self.segment_slots[place, :extent] = slots.int()
+        self.segment_slot_generation[place, :extent] = self.slot_generation[slots]
+        self.segment_extent[place] = extent
+        if extent == self.config.segment_size:
+            self.segment_of_slot[slots[-1]] = place
+        else:
+            self.open_place[row] = place
+
+    def check_integrity(self) -> None:
+        """Compare what lies in the pool with its invariants (synchronises; not for the hot path).
+
+        Raises:
+            RuntimeError: an invariant is broken; the message has the place and the numbers.
+        """
+        size, sinks = self.config.segment_size, self.config.num_sink_tokens
+        for place in self.segment_extent.nonzero().flatten().tolist():
+            extent = int(self.segment_extent[place])
+            if place == 0 or not 0 < extent <= size:
+                raise RuntimeError(f"ClusterPool: place {place} has extent {extent} of {size}")
+            totals = self.cluster_sizes[:, place].long().sum(-1)
+            first = totals.flatten()[0].item()
+            if first not in (extent, extent - sinks) or (totals != first).any():
+                raise RuntimeError(
+                    f"ClusterPool: place {place} has {extent} tokens, {sinks} of them may be "
+                    f"sinks; its clusters hold {totals.min().item()} to {totals.max().item()}"
+                )
+            if int(self.cluster_sizes[:, place].max()) > self.config.max_cluster_size:
+                raise RuntimeError(f"ClusterPool: place {place} has a cluster over the size cap")
+            members = self.members[:, place, :, :first].long().sort(-1).values
+            expected = torch.arange(extent - first, extent, device=members.device)
+            if (members != expected).any():
+                raise RuntimeError(f"ClusterPool: place {place} misses or repeats a member")
+        for name in ("key_centroids", "value_centroids", "key_variance"):
+            if not getattr(self, name).float().isfinite().all():
+                raise RuntimeError(f"ClusterPool: {name} holds a value that is not finite")

@@ -1,0 +1,213 @@
+"""The configuration: one frozen dataclass, parsed once, passed down whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+BACKEND_NAME = "multipole"
+
+
+class ConfigError(ValueError):
+    """The configuration cannot be used as given; the message says what to change."""
+
+
+def _key(default: Any, help_text: str, unit: str, low: int | None = None, high: int | None = None):
+    metadata = {"help": help_text, "unit": unit, "low": low, "high": high}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def _choice(default: str, help_text: str, *choices: str):
+    return dataclasses.field(default=default, metadata={"help": help_text, "choices": choices})
+
+
+@dataclasses.dataclass(frozen=True)
+class MultipoleConfig:
+    """What an operator can set, with `--multipole-config '{"token_budget": 1024}'`."""
+
+    token_budget: int = _key(
+        512,
+        "tokens each KV head attends to exactly per step, beside sinks and recent tokens",
+        "tokens",
+        0,
+        1 << 20,
+    )
+    min_context: int = _key(
+        4096,
+        "requests shorter than this are attended exactly; they become sparse when they grow",
+        "tokens",
+        0,
+        1 << 24,
+    )
+    tokens_per_cluster: int = _key(16, "mean cluster size", "tokens", 2, 256)
+    segment_size: int = _key(
+        1024, "tokens clustered together; a multiple of recluster_interval", "tokens", 128, 16384
+    )
+    recluster_interval: int = _key(
+        128,
+        "generated tokens between two clusterings of the open segment; 1 to 2 times as many "
+        "recent tokens are always exact",
+        "tokens",
+        16,
+        16384,
+    )
+    num_sink_tokens: int = _key(10, "first tokens, always exact", "tokens", 0, 128)
+    num_lloyd_iters: int = _key(4, "Lloyd iterations of a clustering", "iterations", 0, 64)
+    max_cluster_size_ratio: int = _key(
+        4, "largest cluster, in multiples of tokens_per_cluster", "ratio", 2, 64
+    )
+    max_logit_variance: float = _key(
+        1.0,
+        "cap of a cluster's logit variance in the second-order weight of its centroid; "
+        "0 switches the correction off",
+        "nats squared",
+        0,
+        16,
+    )
+    max_builds_per_step: int = _key(
+        256,
+        "segments clustered between two decode steps, unless strict_activation",
+        "segments",
+        1,
+        1 << 20,
+    )
+    pool_headroom: int = _key(
+        64,
+        "places of the cluster pool beyond one per segment of the KV pool",
+        "segments",
+        2,
+        1 << 20,
+    )
+    strict_activation: bool = _key(
+        False,
+        "a segment becomes sparse at a position given by token counts alone, and the step waits "
+        "for it: answers do not depend on load",
+        "",
+    )
+    dense_backend: str = _choice(
+        "auto",
+        "SGLang's attention backend for prefill and for rows below min_context",
+        "auto",
+        "flashinfer",
+        "triton",
+        "fa3",
+        "torch_native",
+    )
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, _checked(field, getattr(self, field.name)))
+        if self.segment_size % self.recluster_interval:
+            raise ConfigError(
+                f"segment_size ({self.segment_size} tokens) must be a multiple of "
+                f"recluster_interval ({self.recluster_interval} tokens)"
+            )
+        if self.recluster_interval % self.tokens_per_cluster:
+            raise ConfigError(
+                f"recluster_interval ({self.recluster_interval} tokens) must be a multiple of "
+                f"tokens_per_cluster ({self.tokens_per_cluster} tokens)"
+            )
+        if self.num_sink_tokens + self.max_cluster_size > self.recluster_interval:
+            raise ConfigError(
+                f"num_sink_tokens ({self.num_sink_tokens}) and the largest cluster "
+                f"({self.max_cluster_size} tokens: tokens_per_cluster * max_cluster_size_ratio) "
+                f"must fit into recluster_interval ({self.recluster_interval} tokens)"
+            )
+
+    @property
+    def max_cluster_size(self) -> int:
+        """Tokens in the largest cluster."""
+        return self.tokens_per_cluster * self.max_cluster_size_ratio
+
+    @property
+    def clusters_per_segment(self) -> int:
+        return self.segment_size // self.tokens_per_cluster
+
+    def clustered_tokens(self, seq_len: int) -> int:
+        """Tokens under clusters at a decode step whose row is seq_len long, its own token included.
+
+        A function of the length alone; [1, 2) recluster intervals stay exact behind it.
+        """
+        if seq_len < self.min_context:
+            return 0
+        return max(seq_len // self.recluster_interval - 1, 0) * self.recluster_interval
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain builtins, so that it travels to every process inside SGLang's ServerArgs."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> MultipoleConfig:
+        """Build from plain values.
+
+        Raises:
+            ConfigError: an unknown key (the nearest valid one is named), or a value of the wrong
+                type or out of its limits (type, limits and unit are named).
+        """
+        if not isinstance(values, dict):
+            raise ConfigError(
+                f"the multipole config must be a JSON object, got {type(values).__name__}; "
+                "example: '{\"token_budget\": 1024}'"
+            )
+        known = {field.name: field for field in dataclasses.fields(cls)}
+        for key in values:
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise ConfigError(
+                    f"unknown key {key!r} in the multipole config{hint} "
+                    f"Known keys: {', '.join(sorted(known))}"
+                )
+        return cls(**values)
+
+    @classmethod
+    def parse(cls, text: str | dict[str, Any] | None) -> MultipoleConfig:
+        """Build from a JSON text, from `@file` naming one, from a dict, or the defaults from None.
+
+        Raises:
+            ConfigError: the file cannot be read, the text is no JSON, or see from_dict.
+        """
+        if text is None:
+            return cls()
+        if isinstance(text, dict):
+            return cls.from_dict(text)
+        where = "--multipole-config"
+        if text.startswith("@"):
+            path = Path(text[1:])
+            where = str(path)
+            try:
+                text = path.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise ConfigError(f"--multipole-config: cannot read {path}: {error}") from error
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise ConfigError(
+                f"{where} is not valid JSON ({error}); "
+                "example: --multipole-config '{\"token_budget\": 1024}'"
+            ) from error
+        return cls.from_dict(values)
+
+
+def _checked(field: dataclasses.Field, value: Any) -> Any:
+    """The value in the field's own type, or a ConfigError naming type, limits and unit."""
+    choices = field.metadata.get("choices")
+    if choices is not None:
+        if value not in choices:
+            raise ConfigError(f"{field.name} must be one of {', '.join(choices)}, got {value!r}")
+        return value
+    if isinstance(field.default, bool):
+        if not isinstance(value, bool):
+            raise ConfigError(f"{field.name} must be true or false, got {value!r}")
+        return value
+    is_float = isinstance(field.default, float)
+    low, high, unit = (field.metadata[name] for name in ("low", "high", "unit"))
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    in_limits = is_number and low <= value <= high
+    if not in_limits or (not is_float and value % 1):
+        kind = "a number" if is_float else "a whole number"
+        raise ConfigError(f"{field.name} must be {kind} of {unit}, {low} to {high}, got {value!r}")
+    return float(value) if is_float else int(value)

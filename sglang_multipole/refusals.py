@@ -1,0 +1,197 @@
+"""What multipole attention cannot be combined with, and the recipe that works instead.
+
+Each rule names a feature, tells whether it is on, and says what to do. The documentation's support
+matrix is made from the same list. Rules on the server's arguments and the model's configuration run
+in the launcher, before anything heavy starts; rules on the model's layers and pools run in the
+scheduler, once they exist.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from typing import Any
+
+from sglang_multipole import sglang_compat
+from sglang_multipole.config import BACKEND_NAME, MultipoleConfig
+
+SUPPORTED_ROTARY = (
+    "RotaryEmbedding",
+    "LinearScalingRotaryEmbedding",
+    "DynamicNTKScalingRotaryEmbedding",
+    "Llama3RotaryEmbedding",
+    "YaRNScalingRotaryEmbedding",
+)
+SUPPORTED_KV_POOL = "MHATokenToKVPool"
+SUPPORTED_ALLOCATORS = ("TokenToKVPoolAllocator", "PagedTokenToKVPoolAllocator")
+
+
+class RefusedError(ValueError):
+    """Multipole attention was asked for and cannot be had; the message has the recipe."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Refusal:
+    feature: str
+    is_on: Callable[[Any], bool]
+    recipe: str
+
+
+def _flag(name: str, off: Any = False) -> Callable[[Any], bool]:
+    return lambda args: getattr(args, name, off) not in (off, None)
+
+
+def _env(name: str) -> Callable[[Any], bool]:
+    return lambda _: os.environ.get(name, "").lower() in ("1", "true", "yes", "on")
+
+
+ARGUMENTS = (
+    Refusal(
+        "speculative decoding",
+        _flag("speculative_algorithm", None),
+        "leave out --speculative-algorithm",
+    ),
+    Refusal("pipeline parallelism", _flag("pp_size", 1), "use --tp-size in place of --pp-size"),
+    Refusal(
+        "deterministic inference",
+        _flag("enable_deterministic_inference"),
+        "leave out --enable-deterministic-inference; strict_activation makes answers independent "
+        "of load up to rounding",
+    ),
+    Refusal(
+        "on-policy RL rollouts",
+        _flag("rl_on_policy_target", None),
+        "leave out --rl-on-policy-target: sparse attention changes the log-probabilities",
+    ),
+    Refusal(
+        "unified memory pool", _flag("enable_unified_memory"), "leave out --enable-unified-memory"
+    ),
+    Refusal(
+        "hierarchical cache",
+        _flag("enable_hierarchical_cache"),
+        "leave out --enable-hierarchical-cache",
+    ),
+    Refusal("LMCache", _flag("enable_lmcache"), "leave out --enable-lmcache"),
+    Refusal("HiSparse", _flag("enable_hisparse"), "leave out --enable-hisparse"),
+    Refusal(
+        "prefill/decode disaggregation",
+        _flag("disaggregation_mode", "null"),
+        "serve prefill and decode in one server",
+    ),
+    Refusal(
+        "two-batch overlap",
+        _flag("enable_two_batch_overlap"),
+        "leave out --enable-two-batch-overlap",
+    ),
+    Refusal("PD multiplexing", _flag("enable_pdmux"), "leave out --enable-pdmux"),
+    Refusal(
+        "DP attention", _flag("enable_dp_attention"), "use --dp-size without --enable-dp-attention"
+    ),
+    Refusal(
+        "decode context parallelism", _flag("dcp_size", 1), "use --tp-size in place of --dcp-size"
+    ),
+    Refusal("attention context parallelism", _flag("attn_cp_size", 1), "leave out --attn-cp-size"),
+    Refusal(
+        "diffusion language models", _flag("dllm_algorithm", None), "leave out --dllm-algorithm"
+    ),
+    Refusal("torch.compile", _flag("enable_torch_compile"), "leave out --enable-torch-compile"),
+    Refusal(
+        "elastic expert parallelism",
+        _flag("elastic_ep_backend", None),
+        "leave out --elastic-ep-backend",
+    ),
+    Refusal(
+        "a quantised KV cache",
+        lambda args: getattr(args, "kv_cache_dtype", "auto") not in ("auto", "bf16", "bfloat16"),
+        "use --kv-cache-dtype auto",
+    ),
+    Refusal(
+        "another decode backend",
+        lambda args: args.decode_attention_backend != BACKEND_NAME,
+        "leave out --decode-attention-backend; choose the prefill backend with "
+        "--prefill-attention-backend",
+    ),
+    Refusal("HND KV layout", _env("SGLANG_USE_HND_KVCACHE"), "unset SGLANG_USE_HND_KVCACHE"),
+    Refusal(
+        "KV sizing after graph capture",
+        _env("SGLANG_ENABLE_POST_CAPTURE_KV_SIZING"),
+        "unset SGLANG_ENABLE_POST_CAPTURE_KV_SIZING",
+    ),
+    Refusal("the Rust server", _env("SGLANG_RUST_SERVER"), "unset SGLANG_RUST_SERVER"),
+)
+
+_DENSE = "serve this model without --enable-multipole"
+
+
+def _is_mla(model_config: Any) -> bool:
+    return getattr(model_config.attention_arch, "name", "") == "MLA"
+
+
+def _has_state_space_layers(model_config: Any) -> bool:
+    from sglang.srt.configs.hybrid_arch import mambaish_config
+
+    return mambaish_config(model_config) is not None
+
+
+MODELS = (
+    Refusal("multi-head latent attention (MLA)", _is_mla, _DENSE),
+    Refusal("sliding-window layers", lambda m: bool(getattr(m, "is_hybrid_swa", False)), _DENSE),
+    Refusal("an encoder-decoder", lambda m: bool(m.is_encoder_decoder), _DENSE),
+    Refusal("state-space or linear-attention layers", _has_state_space_layers, _DENSE),
+    Refusal(
+        "image, audio or video positions",
+        lambda m: bool(getattr(m, "is_multimodal", False)),
+        f"{_DENSE}, or a text-only checkpoint of it with it",
+    ),
+    Refusal("chunked local attention", lambda m: m.attention_chunk_size is not None, _DENSE),
+    Refusal("attention sinks", lambda m: bool(getattr(m, "has_attention_sinks", False)), _DENSE),
+    Refusal("an embedding or reward model", lambda m: not m.is_generation, _DENSE),
+    Refusal("values of another size than keys", lambda m: m.v_head_dim != m.head_dim, _DENSE),
+)
+
+
+def check_arguments(server_args: Any, config: MultipoleConfig) -> None:
+    """Raise RefusedError naming every argument and property of the model that is in the way."""
+    problems = [f"{r.feature}: {r.recipe}" for r in ARGUMENTS if r.is_on(server_args)]
+    if not problems:
+        model_config = server_args.get_model_config()
+        problems = [
+            f"{model_config.hf_config.architectures[0]} has {r.feature}: {r.recipe}"
+            for r in MODELS
+            if r.is_on(model_config)
+        ]
+    page_size = server_args.page_size or 1
+    if config.recluster_interval % page_size:
+        problems.append(
+            f"--page-size {page_size}: recluster_interval ({config.recluster_interval} tokens) "
+            "must be a multiple of it"
+        )
+    _raise(problems)
+
+
+def check_runner(runner: Any) -> None:
+    """Raise RefusedError if a layer or pool of the loaded model is not one that is supported."""
+    problems = []
+    for name, layer, rotary in sglang_compat.attention_layers(runner.model):
+        if (layer.sliding_window_size or -1) > -1:
+            problems.append(f"{name} has a sliding window: {_DENSE}")
+        if layer.logit_cap:
+            problems.append(f"{name} caps its logits: {_DENSE}")
+        if layer.is_cross_attention:
+            problems.append(f"{name} is cross-attention: {_DENSE}")
+        if rotary is not None and type(rotary).__name__ not in SUPPORTED_ROTARY:
+            problems.append(f"{name} has rotary positions of {type(rotary).__name__}: {_DENSE}")
+        if rotary is not None and not rotary.is_neox_style:
+            problems.append(f"{name} rotates neighbouring pairs (GPT-J style): {_DENSE}")
+    pool, allocator = runner.token_to_kv_pool, runner.token_to_kv_pool_allocator
+    if type(pool).__name__ != SUPPORTED_KV_POOL:
+        problems.append(f"KV pool {type(pool).__name__}, not {SUPPORTED_KV_POOL}: {_DENSE}")
+    if type(allocator).__name__ not in SUPPORTED_ALLOCATORS:
+        problems.append(f"KV allocator {type(allocator).__name__}: {_DENSE}")
+    _raise(problems[:4])
+
+
+def _raise(problems: list[str]) -> None:
+    if problems:
+        raise RefusedError("multipole attention cannot serve this. " + "; ".join(problems))

@@ -1,0 +1,99 @@
+"""Every read of SGLang's internals that differs, or may come to differ, between its versions.
+
+Checked with SGLang 0.5.17. Imports of SGLang are inside the functions: this module is imported by
+the entry point, in processes that never run a model.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from sglang_multipole.segment_builder import KVLayer
+from sglang_multipole.segment_planner import DecodeRow
+
+TESTED_VERSIONS = ("0.5.17",)
+
+# attribute of ServerArgs that carries the configuration to every process as plain builtins; its
+# leading underscore is what lets it through SGLang's read-only and field checks
+ARGS_ATTRIBUTE = "_multipole"
+
+
+def sglang_version() -> str:
+    return importlib.metadata.version("sglang")
+
+
+def config_values(server_args: Any) -> dict[str, Any] | None:
+    """The configuration that travels in server_args, or None when multipole is off."""
+    return getattr(server_args, ARGS_ATTRIBUTE, None)
+
+
+def applied_hooks() -> set[str]:
+    """Targets that SGLang's hook registry has patched in this process."""
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    return set(HookRegistry._patched)
+
+
+def decode_rows(batch: Any, token_budget: int) -> list[DecodeRow]:
+    """The rows of a ScheduleBatch about to decode; lengths include the token being decoded."""
+    rows = batch.req_pool_indices_cpu.tolist()
+    lengths = batch.seq_lens_cpu.tolist()
+    return [
+        DecodeRow(req.rid, row, length, token_budget)
+        for req, row, length in zip(batch.reqs, rows, lengths, strict=True)
+    ]
+
+
+def attention_layers(model: torch.nn.Module) -> Iterator[tuple[str, Any, Any]]:
+    """(module path, RadixAttention, rotary embedding or None) of each attention layer."""
+    from sglang.srt.layers.radix_attention import RadixAttention
+
+    modules = dict(model.named_modules())
+    for name, module in modules.items():
+        if isinstance(module, RadixAttention):
+            parent = modules.get(name.rpartition(".")[0])
+            yield name, module, getattr(parent, "rotary_emb", None)
+
+
+def kv_layers(runner: Any) -> list[KVLayer]:
+    """The runner's layers in order: their KV buffers and rotary tables."""
+    pool = runner.token_to_kv_pool
+    rotary = {layer.layer_id: emb for _, layer, emb in attention_layers(runner.model)}
+    tables: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    layers = []
+    for layer_id in range(pool.start_layer, pool.start_layer + pool.layer_num):
+        emb = rotary[layer_id]
+        if emb is not None and id(emb) not in tables:
+            tables[id(emb)] = _rotary_table(emb, runner)
+        cos, sin = tables[id(emb)] if emb is not None else (None, None)
+        layers.append(
+            KVLayer(pool.get_key_buffer(layer_id), pool.get_value_buffer(layer_id), cos, sin)
+        )
+    return layers
+
+
+def _rotary_table(emb: Any, runner: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin, [max_position, rotary_dim / 2] float32, of the positions a request can have."""
+    table = emb.cos_sin_cache[: runner.req_to_token_pool.req_to_token.shape[1]]
+    cos, sin = table.to(runner.device, torch.float32).chunk(2, dim=-1)
+    return cos.contiguous(), sin.contiguous()
+
+
+def write_kv(pool: Any, layer: Any, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Store new tokens' keys and values in the KV pool."""
+    from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+
+    pool.set_kv_buffer(layer, KVWriteLoc(slots, None), k, v)
+
+
+def dense_backend_name(runner: Any) -> str:
+    """SGLang's name of the dense backend that ours extends: configured, or that of prefill."""
+    from sglang_multipole.config import MultipoleConfig
+
+    values = config_values(runner.server_args)
+    chosen = MultipoleConfig.from_dict(values).dense_backend if values else "auto"
+    return runner.server_args.get_attention_backends()[0] if chosen == "auto" else chosen

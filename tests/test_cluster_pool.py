@@ -1,0 +1,211 @@
+"""The pool, its planner and its builder against a dense oracle, without SGLang."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from multipole_kernels.torch_decode import multipole_decode
+from sglang_multipole.activity import Activity
+from sglang_multipole.cluster_pool import PoolShape
+from sglang_multipole.config import MultipoleConfig
+from sglang_multipole.runtime import MultipoleRuntime
+from sglang_multipole.segment_builder import KVLayer
+from sglang_multipole.segment_planner import DecodeRow
+
+NUM_SLOTS, NUM_ROWS, HEADS, GROUP, DIM = 4000, 8, 2, 3, 16
+SMALL = MultipoleConfig(
+    segment_size=128,
+    recluster_interval=32,
+    tokens_per_cluster=4,
+    num_sink_tokens=3,
+    token_budget=40,
+    min_context=64,
+)
+
+
+class Host:
+    """A KV pool with one layer and requests that grow, in place of SGLang."""
+
+    def __init__(self, config: MultipoleConfig, num_places: int = 64):
+        generator = torch.Generator().manual_seed(7)
+        self.generator = generator
+        keys = torch.randn(NUM_SLOTS, HEADS, DIM, generator=generator)
+        values = torch.randn(NUM_SLOTS, HEADS, DIM, generator=generator)
+        self.req_to_token = torch.zeros(NUM_ROWS, 2048, dtype=torch.int32)
+        shape = PoolShape(1, HEADS, DIM, NUM_SLOTS, NUM_ROWS, torch.float32, "cpu")
+        self.layer = KVLayer(keys, values, None, None)
+        self.runtime = MultipoleRuntime(config, shape, num_places, [self.layer], self.req_to_token)
+        self.free = torch.randperm(NUM_SLOTS - 1, generator=generator) + 1
+        self.rows: dict[str, tuple[int, int]] = {}
+        self.activities: dict[str, Activity] = {}
+
+    def alloc(self, count: int) -> torch.Tensor:
+        slots, self.free = self.free[:count], self.free[count:]
+        self.runtime.pool.invalidate_slots(slots)
+        self.layer.key_buffer[slots] = torch.randn(count, HEADS, DIM, generator=self.generator)
+        self.layer.value_buffer[slots] = torch.randn(count, HEADS, DIM, generator=self.generator)
+        return slots
+
+    def add(self, rid: str, row: int, length: int, shared_with: str | None = None, prefix: int = 0):
+        if shared_with is not None:
+            source, _ = self.rows[shared_with]
+            self.req_to_token[row, :prefix] = self.req_to_token[source, :prefix]
+        self.req_to_token[row, prefix:length] = self.alloc(length - prefix).int()
+        self.rows[rid] = (row, length)
+        self.activities[rid] = Activity()
+
+    def step(self) -> torch.Tensor:
+        """One decode step of all requests; returns the outputs [B, H * G, D]."""
+        for rid, (row, length) in self.rows.items():
+            self.req_to_token[row, length : length + 1] = self.alloc(1).int()
+            self.rows[rid] = (row, length + 1)
+        budget = self.runtime.config.token_budget
+        rows = [DecodeRow(rid, row, n, budget) for rid, (row, n) in self.rows.items()]
+        self.runtime.plan_step(rows, [self.activities[rid] for rid in self.rows])
+        indices = torch.tensor([row.row for row in rows])
+        self.runtime.begin_step(indices, torch.tensor([row.seq_len for row in rows]))
+        q = torch.randn(len(rows), HEADS * GROUP, DIM, generator=self.generator)
+        out = torch.full_like(q, torch.nan)
+        self.q = q
+        multipole_decode(
+            q,
+            self.layer.key_buffer,
+            self.layer.value_buffer,
+            self.runtime.pool_layer(0),
+            self.runtime.decode_plan,
+            DIM**-0.5,
+            1.0,
+            out,
+            self.runtime.counters,
+        )
+        self.runtime.apply_feedback(self.runtime.end_step())
+        self.runtime.check_integrity()
+        return out
+
+    def dense(self) -> torch.Tensor:
+        """Dense attention of the last step's queries."""
+        outs = []
+        for index, (row, length) in enumerate(self.rows.values()):
+            slots = self.req_to_token[row, :length].long()
+            keys = self.layer.key_buffer[slots].transpose(0, 1)
+            values = self.layer.value_buffer[slots].transpose(0, 1)
+            q = self.q[index].view(HEADS, GROUP, DIM)
+            weight = (q @ keys.mT * DIM**-0.5).softmax(-1)
+            outs.append((weight @ values).reshape(HEADS * GROUP, DIM))
+        return torch.stack(outs)
+
+
+def test_rows_below_the_gate_are_dense_and_become_sparse_when_they_grow():
+    host = Host(SMALL)
+    host.add("a", 1, 60)
+    for _ in range(3):
+        torch.testing.assert_close(host.step(), host.dense())
+    assert host.activities["a"].to_dict() == {
+        "sparse_steps": 0,
+        "dense_steps": 3,
+        "exact_tokens": 61 + 62 + 63,
+        "context_tokens": 61 + 62 + 63,
+        "segments_built": 0,
+        "segments_shared": 0,
+    }
+    for _ in range(60):
+        host.step()
+    # at 64 tokens 32 are under clusters, which the budget of 40 still covers; at 96, 64 are
+    assert host.activities["a"].dense_steps == 95 - 60
+    assert host.activities["a"].sparse_steps == 123 - 95
+
+
+def test_a_budget_of_all_tokens_equals_dense():
+    host = Host(MultipoleConfig.from_dict(SMALL.to_dict() | {"token_budget": 100000}))
+    host.add("a", 1, 700)
+    torch.testing.assert_close(host.step(), host.dense())
+    assert host.activities["a"].sparse_steps == 0
+
+
+def test_a_budget_just_short_of_all_tokens_is_nearly_dense():
+    host = Host(MultipoleConfig.from_dict(SMALL.to_dict() | {"token_budget": 600}))
+    host.add("a", 1, 700)
+    out, dense = host.step(), host.dense()
+    assert host.activities["a"].sparse_steps == 1
+    assert (out - dense).norm() / dense.norm() < 0.15
+
+
+def test_forks_share_the_sealed_segments_of_their_prefix():
+    host = Host(SMALL)
+    host.add("a", 1, 700)
+    host.step()
+    assert host.activities["a"].segments_built == 5
+    host.add("b", 2, 720, shared_with="a", prefix=690)
+    host.step()
+    assert host.activities["b"].segments_shared == 5
+    assert host.activities["b"].segments_built == 0
+    assert host.runtime.planner.stats.segments_built == 5
+
+
+def test_forks_that_arrive_in_one_step_build_the_prefix_once():
+    host = Host(SMALL)
+    host.add("a", 1, 700)
+    host.rows["b"] = (2, 700)
+    host.req_to_token[2] = host.req_to_token[1]
+    host.activities["b"] = Activity()
+    host.step()
+    assert host.runtime.planner.stats.segments_built == 5
+
+
+def test_a_slot_that_is_handed_out_again_hides_its_segment():
+    host = Host(SMALL)
+    host.add("a", 1, 300)
+    host.step()
+    host.runtime.pool.invalidate_slots(host.req_to_token[1, 130:131].long())
+    host.step()
+    # segment 1 was rebuilt at the second step, which orders all segments once more
+    assert host.runtime.planner.stats.segments_built == 3
+
+
+def test_a_full_pool_is_exact_and_counted():
+    host = Host(MultipoleConfig.from_dict(SMALL.to_dict() | {"token_budget": 0}), num_places=3)
+    host.add("a", 1, 700)
+    host.step()
+    assert host.runtime.planner.stats.orders_without_place > 0
+    counts = host.activities["a"].to_dict()
+    assert counts["sparse_steps"] == 1
+    assert counts["exact_tokens"] == 701 - 2 * 128 + SMALL.num_sink_tokens
+
+
+def test_least_recently_used_segments_make_room():
+    host = Host(SMALL, num_places=9)
+    host.add("a", 1, 700)
+    host.step()
+    del host.rows["a"]
+    host.add("b", 2, 700)
+    for _ in range(12):
+        host.step()
+    assert host.runtime.planner.stats.segments_evicted > 0
+    assert host.activities["b"].exact_tokens < 12 * 300
+    del host.rows["b"]
+    host.runtime.clear()
+    host.runtime.check_integrity()
+    assert len(host.runtime.planner.free) == 8
+
+
+def test_answers_do_not_depend_on_who_built_a_segment():
+    """A segment grown by decode and one built from a prompt of the same tokens are the same."""
+    grown, whole = Host(SMALL), Host(SMALL)
+    grown.add("a", 1, 100)
+    for _ in range(200):
+        grown.step()
+    whole.layer.key_buffer.copy_(grown.layer.key_buffer)
+    whole.layer.value_buffer.copy_(grown.layer.value_buffer)
+    whole.rows["a"] = grown.rows["a"]
+    whole.activities["a"] = Activity()
+    whole.req_to_token.copy_(grown.req_to_token)
+    whole.free = grown.free.clone()
+    whole.generator.set_state(grown.generator.get_state())
+    torch.testing.assert_close(whole.step(), grown.step(), rtol=0, atol=0)
+
+
+def test_a_step_without_its_plan_is_refused():
+    host = Host(SMALL)
+    with pytest.raises(RuntimeError, match=r"Scheduler.run_batch"):
+        host.runtime.begin_step(torch.tensor([1]), torch.tensor([5]))

@@ -1,0 +1,98 @@
+"""Every wrong configuration gets an error that names the key, the limits and the unit."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sglang_multipole.config import ConfigError, MultipoleConfig
+
+
+def test_defaults_are_valid_and_survive_the_journey_to_other_processes():
+    config = MultipoleConfig()
+    assert MultipoleConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_a_text_a_dict_and_a_file_give_the_same(tmp_path):
+    path = tmp_path / "multipole.json"
+    path.write_text('{"token_budget": 1024}')
+    expected = MultipoleConfig(token_budget=1024)
+    assert MultipoleConfig.parse('{"token_budget": 1024}') == expected
+    assert MultipoleConfig.parse({"token_budget": 1024}) == expected
+    assert MultipoleConfig.parse(f"@{path}") == expected
+    assert MultipoleConfig.parse(None) == MultipoleConfig()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"token_buget": 1}', "unknown key 'token_buget'.*did you mean 'token_budget'"),
+        ('{"token_budget": -1}', "whole number of tokens, 0 to 1048576, got -1"),
+        ('{"token_budget": 1.5}', "whole number of tokens.*got 1.5"),
+        ('{"token_budget": true}', "whole number of tokens.*got True"),
+        ('{"token_budget": "many"}', "whole number of tokens.*got 'many'"),
+        ('{"token_budget": 1e999}', "whole number of tokens.*got inf"),
+        ('{"strict_activation": 1}', "strict_activation must be true or false, got 1"),
+        ('{"dense_backend": "fa9"}', "dense_backend must be one of auto, flashinfer"),
+        ('{"segment_size": 1000}', r"segment_size \(1000 tokens\) must be a multiple"),
+        ('{"tokens_per_cluster": 48}', r"must be a multiple of tokens_per_cluster \(48 tokens\)"),
+        ('{"max_cluster_size_ratio": 8}', r"must fit into recluster_interval \(128 tokens\)"),
+        ("[1]", "must be a JSON object, got list"),
+        ("{token_budget: 1}", "is not valid JSON.*example"),
+        ("@/no/such/file", "cannot read /no/such/file"),
+    ],
+)
+def test_a_wrong_configuration_is_refused_with_what_to_change(text, message):
+    with pytest.raises(ConfigError, match=message):
+        MultipoleConfig.parse(text)
+
+
+_values = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(allow_nan=True, allow_infinity=True),
+    st.text(max_size=20),
+    st.lists(st.integers(), max_size=3),
+    st.dictionaries(st.text(max_size=5), st.integers(), max_size=2),
+)
+_keys = st.one_of(
+    st.sampled_from([f.name for f in dataclasses.fields(MultipoleConfig)]), st.text(max_size=20)
+)
+
+
+@given(st.dictionaries(_keys, _values, max_size=4))
+def test_any_dictionary_gives_a_configuration_or_a_named_error(values):
+    try:
+        config = MultipoleConfig.from_dict(values)
+    except ConfigError as error:
+        assert str(error)
+    else:
+        assert config.to_dict() | values == config.to_dict()
+
+
+@given(st.text(max_size=40))
+def test_any_text_gives_a_configuration_or_a_named_error(text):
+    try:
+        MultipoleConfig.parse(text)
+    except ConfigError as error:
+        assert str(error)
+
+
+@given(st.integers(1, 200000))
+def test_one_to_two_intervals_stay_exact_behind_the_clusters(seq_len):
+    config = MultipoleConfig(min_context=0)
+    clustered = config.clustered_tokens(seq_len)
+    assert clustered % config.recluster_interval == 0
+    assert clustered == 0 or 128 <= seq_len - clustered < 256
+    assert seq_len < 256 or clustered > 0
+
+
+def test_requests_below_the_gate_have_no_clusters():
+    config = MultipoleConfig(min_context=4096)
+    assert config.clustered_tokens(4095) == 0
+    assert config.clustered_tokens(4096) == 3968
