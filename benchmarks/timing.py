@@ -7,8 +7,8 @@ import dataclasses
 from collections.abc import Callable
 
 import torch
-from multipole_kernels.decode_buffers import PoolLayer
 
+from multipole_kernels.decode_buffers import PoolLayer
 from tests.decode_case import DecodeCase
 
 # a layer's inputs are repeated until a replay touches this many times the L2 cache

@@ -13,6 +13,8 @@ import dataclasses
 import itertools
 
 import torch
+
+from benchmarks.timing import copies_for_cold_l2, copy_bandwidth, copy_layer, time_graph
 from multipole_kernels import reference
 from multipole_kernels.cluster_selection import cluster_selection
 from multipole_kernels.coarse_attention import coarse_attention
@@ -21,8 +23,6 @@ from multipole_kernels.decode_plan import plan_chunks
 from multipole_kernels.exact_attention import exact_attention
 from multipole_kernels.launch_config import launch_config
 from multipole_kernels.multipole_decode import multipole_decode
-
-from benchmarks.timing import copies_for_cold_l2, copy_bandwidth, copy_layer, time_graph
 from tests.decode_case import make_case, reference_inputs, selected_flags
 
 CENTROIDS = {"bf16": None, "int8": torch.int8, "fp8": torch.float8_e4m3fn}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+
 from multipole_kernels import reference
 from multipole_kernels.decode_buffers import DecodePlan, DecodeWorkspace, PoolLayer
 from multipole_kernels.decode_plan import plan_chunks

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from multipole_kernels.decode_buffers import DecodePlan, DecodeWorkspace
 from multipole_kernels.decode_plan import plan_chunks
 

@@ -6,14 +6,14 @@ import os
 
 import pytest
 import torch
-from multipole_kernels.launch_config import LaunchConfig
-from multipole_kernels.merge_states import merge_states
-from multipole_kernels.multipole_decode import multipole_decode
 from triton import compile as triton_compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
+from multipole_kernels.launch_config import LaunchConfig
+from multipole_kernels.merge_states import merge_states
+from multipole_kernels.multipole_decode import multipole_decode
 from tests.decode_case import make_case
 
 pytestmark = pytest.mark.skipif(

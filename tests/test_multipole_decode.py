@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from multipole_kernels import reference
 from multipole_kernels.decode_plan import plan_chunks
 from multipole_kernels.multipole_decode import multipole_decode
-
 from tests.decode_case import make_case, reference_inputs, selected_flags
 from tests.tolerance import assert_error_within
 
