@@ -1,0 +1,151 @@
+"""The buffers of a decode step: what the kernels are given, and the workspace they share.
+
+All are of fixed size and made once, so that a captured graph can own their addresses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from multipole_kernels.launch_config import LaunchConfig, launch_config
+
+
+@dataclasses.dataclass
+class PoolLayer:
+    """One layer of the cluster pool: P places, H KV heads, K clusters, S tokens a segment."""
+
+    key_centroids: torch.Tensor  # [P, H, K, D] model dtype, int8 or float8_e4m3fn
+    value_centroids: torch.Tensor  # [P, H, K, D], same dtype
+    cluster_sizes: torch.Tensor  # [P, H, K] int16, tokens
+    key_variance: torch.Tensor  # [P, H, K] float32
+    members: torch.Tensor  # [P, H, S] int16, offsets in the segment, sorted by cluster
+    member_begin: torch.Tensor  # [P, H, K] int16
+    segment_slots: torch.Tensor  # [P, S] int32, shared by the layers
+    key_scale: torch.Tensor | None = None  # [P, H, K] float32, with 8-bit centroids
+    value_scale: torch.Tensor | None = None  # [P, H, K] float32, with 8-bit centroids
+
+
+@dataclasses.dataclass
+class DecodePlan:
+    """What a step attends to; filled outside the graph. Rows beyond the batch have no entries."""
+
+    item_indptr: torch.Tensor  # [rows + 1] int32
+    item_place: torch.Tensor  # [max_items] int32, place in the pool
+    exact_indptr: torch.Tensor  # [rows + 1] int32
+    exact_slots: torch.Tensor  # [max_exact] int32, KV slots
+    token_budget: torch.Tensor  # [rows] int32, tokens per KV head
+
+
+class DecodeWorkspace:
+    """Scratch of one decode step, reused by every layer.
+
+    `chunks` of the plan are runs of one row's items or exact tokens; plan_chunks fills them once a
+    step. Attention states are kept as (log2 of the largest weight, sum of weights, unnormalised
+    weighted sum) rather than as (out, lse): the third launch takes selected clusters' centroids
+    out again, and a state with a negative sum has no log.
+    """
+
+    def __init__(
+        self,
+        max_rows: int,
+        max_items: int,
+        max_items_per_row: int,
+        budget_capacity: int,
+        num_kv_heads: int,
+        gqa_group_size: int,
+        head_dim: int,
+        clusters_per_segment: int = 64,
+        max_cluster_size: int = 64,
+        device: torch.device | str = "cuda",
+        config: LaunchConfig | None = None,
+    ) -> None:
+        """
+        Args:
+            max_rows: rows of the largest batch, padding included.
+            max_items: usable segments of a whole batch.
+            max_items_per_row: usable segments of one row: the context length in segments.
+            budget_capacity: tokens; a larger token_budget is cut to it.
+            max_cluster_size: tokens; no cluster of the pool is larger.
+        """
+        device = torch.device(device)
+        self.config = config or launch_config(device)
+        if not 1 <= gqa_group_size <= 16:
+            raise ValueError(
+                "DecodeWorkspace: gqa_group_size must be between 1 and 16, "
+                f"got {gqa_group_size}; more query heads a KV head are not supported"
+            )
+        self.max_rows, self.max_items = max_rows, max_items
+        self.max_items_per_row = max_items_per_row
+        self.budget_capacity, self.max_cluster_size = budget_capacity, max_cluster_size
+        self.num_kv_heads, self.gqa_group_size = num_kv_heads, gqa_group_size
+        self.head_dim, self.clusters_per_segment = head_dim, clusters_per_segment
+
+        config = self.config
+        # chunks a step, over which the plan spreads the whole batch's work
+        self.target_chunks = -(-config.num_sms * config.coarse_blocks_per_sm // num_kv_heads)
+        max_chunks = self.num_chunks(max_rows)
+        # a row's chunks are rounded up: one more of either kind per row
+        self.target_exact_blocks = config.num_sms * config.exact_blocks_per_sm
+        max_exact_blocks = self.target_exact_blocks + max_rows * num_kv_heads
+        heads = (num_kv_heads, gqa_group_size)
+
+        def new(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        self.chunk_row = new(max_chunks, dtype=torch.int32)
+        # 1 for exact tokens, 0 for items
+        self.chunk_is_exact = new(max_chunks, dtype=torch.int32)
+        self.chunk_begin = new(max_chunks, dtype=torch.int32)
+        self.chunk_end = new(max_chunks, dtype=torch.int32)
+        self.chunk_indptr = new(max_rows + 1, dtype=torch.int32)
+
+        # exp(score - weight_shift) of each cluster, weight_shift the segment's largest score
+        self.cluster_weight = new(max_items, *heads, clusters_per_segment, dtype=torch.float16)
+        self.weight_shift_log2 = new(max_items, *heads)
+        self.part_max_log2 = new(max_chunks, *heads)
+        self.part_sum = new(max_chunks, *heads)
+        self.part_acc = new(max_chunks, *heads, head_dim)
+        self.coarse_max_log2 = new(max_rows, *heads)
+        self.coarse_sum = new(max_rows, *heads)
+        self.coarse_acc = new(max_rows, *heads, head_dim)
+
+        self.selected_capacity = budget_capacity + max_cluster_size
+        # the KV slots of the selected clusters' tokens
+        self.selected_slots = new(max_rows, num_kv_heads, self.selected_capacity, dtype=torch.int32)
+        # numbered over the row's items: item of the row * clusters_per_segment + cluster
+        self.selected_clusters = new(max_rows, num_kv_heads, budget_capacity + 1, dtype=torch.int32)
+        self.num_selected_tokens = new(max_rows, num_kv_heads, dtype=torch.int32)
+        self.num_selected_clusters = new(max_rows, num_kv_heads, dtype=torch.int32)
+        self.num_clustered_tokens = new(max_rows, num_kv_heads, dtype=torch.int32)
+        # ranking keys of rows too long for a block's registers
+        self.max_select_segments = min(
+            config.select_segments[1], 1 << max(max_items_per_row - 1, 0).bit_length()
+        )
+        streams = max_items_per_row > self.max_select_segments
+        self.cluster_keys = new(
+            max_items if streams else 0, num_kv_heads, clusters_per_segment, dtype=torch.int64
+        )
+
+        self.exact_max_log2 = new(max_exact_blocks, gqa_group_size)
+        self.exact_sum = new(max_exact_blocks, gqa_group_size)
+        self.exact_acc = new(max_exact_blocks, gqa_group_size, head_dim)
+        # blocks of a (row, head) that have stored their part; the last one sets it back to 0
+        self.num_arrived = new(max_rows, num_kv_heads, dtype=torch.int32)
+
+    def num_chunks(self, num_rows: int) -> int:
+        """The most chunks a batch of num_rows rows is cut into."""
+        return self.target_chunks + 2 * num_rows
+
+    def num_exact_splits(self, num_rows: int) -> int:
+        """Blocks over which one (row, head)'s selected tokens are spread."""
+        by_card = -(-self.target_exact_blocks // (num_rows * self.num_kv_heads))
+        by_tokens = -(-self.selected_capacity // self.config.exact_block_tokens)
+        return max(1, min(by_card, by_tokens))
+
+    @property
+    def bytes(self) -> int:
+        """Device memory held."""
+        tensors = [value for value in vars(self).values() if isinstance(value, torch.Tensor)]
+        return sum(tensor.nbytes for tensor in tensors)

@@ -1,0 +1,103 @@
+"""Cut a batch's work into chunks of about equal cost, on the device.
+
+A chunk is a run of one row's items (segments, read as centroids) or of its always-exact tokens. The
+target is that all chunks together fill the card a fixed number of times, whatever the batch; a row
+without work gets no chunk. Runs once a step, outside the graph, for all layers.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from multipole_kernels.decode_buffers import DecodePlan, DecodeWorkspace
+
+
+@triton.jit
+def _plan_chunks_kernel(
+    item_indptr_ptr,  # [num_rows + 1]
+    exact_indptr_ptr,  # [num_rows + 1]
+    chunk_row_ptr,  # [max_chunks]
+    chunk_is_exact_ptr,
+    chunk_begin_ptr,
+    chunk_end_ptr,
+    chunk_indptr_ptr,  # [num_rows + 1]
+    num_rows,
+    target_chunks,
+    ITEM_COST: tl.constexpr,  # cost of an item in exact tokens
+    EXACT_UNIT: tl.constexpr,  # exact chunks are multiples of this many tokens
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_CHUNKS: tl.constexpr,
+):
+    """One program writes one row's chunks; each sums the whole batch's cost again."""
+    row = tl.program_id(0)
+    offs_row = tl.arange(0, BLOCK_ROWS)
+    mask_row = offs_row < num_rows
+    # [BLOCK_ROWS]
+    items = tl.load(item_indptr_ptr + offs_row + 1, mask=mask_row, other=0) - tl.load(
+        item_indptr_ptr + offs_row, mask=mask_row, other=0
+    )
+    exact = tl.load(exact_indptr_ptr + offs_row + 1, mask=mask_row, other=0) - tl.load(
+        exact_indptr_ptr + offs_row, mask=mask_row, other=0
+    )
+    cost = tl.sum(items, 0) * ITEM_COST + tl.sum(exact, 0)
+    cost_per_chunk = tl.cdiv(cost, target_chunks)
+    items_per_chunk = tl.maximum(tl.cdiv(cost_per_chunk, ITEM_COST), 1)
+    exact_per_chunk = tl.maximum(tl.cdiv(cost_per_chunk, EXACT_UNIT), 1) * EXACT_UNIT
+    chunks = tl.cdiv(items, items_per_chunk) + tl.cdiv(exact, exact_per_chunk)
+    first_chunk = tl.sum(tl.where(offs_row < row, chunks, 0), 0)
+    tl.store(chunk_indptr_ptr + row, first_chunk)
+    if row == num_rows - 1:
+        tl.store(chunk_indptr_ptr + num_rows, tl.sum(chunks, 0))
+
+    item_begin = tl.load(item_indptr_ptr + row)
+    item_end = tl.load(item_indptr_ptr + row + 1)
+    exact_begin = tl.load(exact_indptr_ptr + row)
+    exact_end = tl.load(exact_indptr_ptr + row + 1)
+    item_chunks = tl.cdiv(item_end - item_begin, items_per_chunk)
+    num_chunks = item_chunks + tl.cdiv(exact_end - exact_begin, exact_per_chunk)
+    for chunk in range(0, num_chunks, BLOCK_CHUNKS):
+        # [BLOCK_CHUNKS]
+        offs = chunk + tl.arange(0, BLOCK_CHUNKS)
+        is_exact = offs >= item_chunks
+        nth = tl.where(is_exact, offs - item_chunks, offs)
+        per_chunk = tl.where(is_exact, exact_per_chunk, items_per_chunk)
+        begin = tl.where(is_exact, exact_begin, item_begin) + nth * per_chunk
+        end = tl.minimum(begin + per_chunk, tl.where(is_exact, exact_end, item_end))
+        mask = offs < num_chunks
+        tl.store(chunk_row_ptr + first_chunk + offs, row, mask=mask)
+        tl.store(chunk_is_exact_ptr + first_chunk + offs, is_exact.to(tl.int32), mask=mask)
+        tl.store(chunk_begin_ptr + first_chunk + offs, begin, mask=mask)
+        tl.store(chunk_end_ptr + first_chunk + offs, end, mask=mask)
+
+
+def plan_chunks(
+    plan: DecodePlan, workspace: DecodeWorkspace, num_rows: int, centroid_bytes: int = 2
+) -> None:
+    """Fill the workspace's chunks from the plan's row pointers.
+
+    Args:
+        num_rows: rows of the batch as the graph was captured, padding rows included.
+        centroid_bytes: bytes of one centroid element, for the cost of an item.
+    """
+    if not 1 <= num_rows <= workspace.max_rows:
+        raise ValueError(
+            f"plan_chunks: num_rows must be between 1 and {workspace.max_rows}, got {num_rows}"
+        )
+    _plan_chunks_kernel[(num_rows,)](
+        item_indptr_ptr=plan.item_indptr,
+        exact_indptr_ptr=plan.exact_indptr,
+        chunk_row_ptr=workspace.chunk_row,
+        chunk_is_exact_ptr=workspace.chunk_is_exact,
+        chunk_begin_ptr=workspace.chunk_begin,
+        chunk_end_ptr=workspace.chunk_end,
+        chunk_indptr_ptr=workspace.chunk_indptr,
+        num_rows=num_rows,
+        target_chunks=workspace.target_chunks,
+        # keys and values are two bytes an element
+        ITEM_COST=workspace.clusters_per_segment * centroid_bytes // 2,
+        EXACT_UNIT=workspace.config.coarse_block_tokens,
+        BLOCK_ROWS=triton.next_power_of_2(workspace.max_rows),
+        BLOCK_CHUNKS=128,
+        num_warps=4,
+    )

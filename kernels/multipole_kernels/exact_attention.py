@@ -1,0 +1,373 @@
+"""Exact attention to the selected clusters' tokens, in place of their centroids; then the merge.
+
+    out = (coarse + sum over selected tokens - sum over selected centroids) / (the same of weights)
+
+Each (row, KV head)'s slot list is cut over blocks; a block adds its tokens
+(reference.exact_attention) and takes out the centroids of its share of the selected clusters, with
+the weights that coarse attention gave them. The last block to arrive merges the parts in order, so
+that the same input gives the same bits, and writes the output: no fourth launch.
+
+What is taken out of a selected cluster equals what coarse attention put in, rounding included
+(attention_state). A row that attends to nothing gets 0.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from multipole_kernels.attention_state import (
+    LOG2_E,
+    attend_slots,
+    dot,
+    finite_or_zero,
+    merge_states,
+    raised_max,
+)
+from multipole_kernels.decode_buffers import DecodePlan, DecodeWorkspace, PoolLayer
+
+
+@triton.jit
+def _take_out_clusters(
+    max_log2,  # [BLOCK_GROUP]
+    weight_sum,
+    acc,  # [BLOCK_GROUP, BLOCK_D]
+    q_square,  # [BLOCK_GROUP]
+    clusters_ptr,
+    begin,
+    end,
+    item_begin,
+    head,
+    item_place_ptr,
+    value_centroids_ptr,
+    value_scale_ptr,
+    cluster_sizes_ptr,
+    key_variance_ptr,
+    cluster_weight_ptr,
+    weight_shift_ptr,
+    max_logit_variance,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    CLUSTERS: tl.constexpr,
+    BLOCK_GROUP: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_CLUSTERS: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """The state with the coarse contribution of clusters_ptr[begin:end] subtracted."""
+    offs_group = tl.arange(0, BLOCK_GROUP)
+    offs_dim = tl.arange(0, BLOCK_D)
+    mask_dim = offs_dim < HEAD_DIM
+    for first in range(begin, end, BLOCK_CLUSTERS):
+        nth = first + tl.arange(0, BLOCK_CLUSTERS)
+        mask = nth < end
+        # [BLOCK_CLUSTERS]
+        cluster = tl.load(clusters_ptr + nth, mask=mask, other=0)
+        item = item_begin + cluster // CLUSTERS
+        place = tl.load(item_place_ptr + item, mask=mask, other=0).to(tl.int64)
+        within = (place * NUM_KV_HEADS + head) * CLUSTERS + cluster % CLUSTERS
+        sizes = tl.load(cluster_sizes_ptr + within, mask=mask, other=0).to(tl.float32)
+        variance = tl.load(key_variance_ptr + within, mask=mask, other=0.0)
+        # [BLOCK_GROUP, BLOCK_CLUSTERS]
+        item_head = (item.to(tl.int64) * NUM_KV_HEADS + head)[None, :] * GROUP + offs_group[:, None]
+        mask_weight = mask[None, :] & (offs_group < GROUP)[:, None]
+        shift = tl.load(weight_shift_ptr + item_head, mask=mask_weight, other=0.0)
+        weight = tl.load(
+            cluster_weight_ptr + item_head * CLUSTERS + (cluster % CLUSTERS)[None, :],
+            mask=mask_weight,
+            other=0.0,
+        ).to(tl.float32)
+        logit_variance = tl.minimum(q_square[:, None] * variance[None, :], max_logit_variance)
+        tail = tl.log2(weight) + shift
+        tail += 0.5 * LOG2_E * logit_variance + tl.log2(sizes)[None, :]
+
+        new_max = raised_max(max_log2, tail)
+        new_shift = finite_or_zero(new_max)
+        weight = tl.exp2(tail - new_shift[:, None])
+        rescale = tl.exp2(max_log2 - new_shift)
+        # [BLOCK_CLUSTERS, BLOCK_D]
+        values = tl.load(
+            value_centroids_ptr + within[:, None] * HEAD_DIM + offs_dim[None, :],
+            mask=mask[:, None] & mask_dim[None, :],
+            other=0.0,
+        )
+        weight_sum = weight_sum * rescale - tl.sum(weight, 1)
+        if HAS_SCALE:
+            value_scale = tl.load(value_scale_ptr + within, mask=mask, other=0.0)
+            largest = tl.maximum(tl.max(value_scale, 0), 1e-30)
+            weight *= (value_scale / largest)[None, :]
+            taken_out = dot(weight.to(tl.float16), values.to(tl.float16)) * largest
+        else:
+            taken_out = dot(weight.to(DTYPE), values)
+        acc = acc * rescale[:, None] - taken_out
+        max_log2 = new_max
+    return max_log2, weight_sum, acc
+
+
+@triton.jit
+def _exact_attention_kernel(
+    q_ptr,  # [num_rows, NUM_KV_HEADS, GROUP, HEAD_DIM]
+    k_cache_ptr,  # [num_slots, NUM_KV_HEADS, HEAD_DIM]
+    v_cache_ptr,
+    out_ptr,  # [num_rows, NUM_KV_HEADS, GROUP, HEAD_DIM]
+    value_centroids_ptr,  # [P, NUM_KV_HEADS, CLUSTERS, HEAD_DIM]
+    value_scale_ptr,  # [P, NUM_KV_HEADS, CLUSTERS] fp32, with 8-bit centroids
+    cluster_sizes_ptr,
+    key_variance_ptr,
+    item_indptr_ptr,  # [num_rows + 1]
+    item_place_ptr,
+    exact_indptr_ptr,  # [num_rows + 1]
+    cluster_weight_ptr,  # [max_items, NUM_KV_HEADS, GROUP, CLUSTERS] fp16
+    weight_shift_ptr,
+    selected_clusters_ptr,  # [num_rows, NUM_KV_HEADS, CLUSTER_CAPACITY]
+    selected_slots_ptr,  # [num_rows, NUM_KV_HEADS, SLOT_CAPACITY]
+    num_selected_clusters_ptr,  # [num_rows, NUM_KV_HEADS]
+    num_selected_tokens_ptr,
+    num_clustered_tokens_ptr,
+    coarse_max_ptr,  # [num_rows, NUM_KV_HEADS, GROUP] fp32
+    coarse_sum_ptr,
+    coarse_acc_ptr,  # [num_rows, NUM_KV_HEADS, GROUP, HEAD_DIM] fp32
+    part_max_ptr,  # [num_rows, NUM_KV_HEADS, num_splits, GROUP] fp32
+    part_sum_ptr,
+    part_acc_ptr,  # [num_rows, NUM_KV_HEADS, num_splits, GROUP, HEAD_DIM] fp32
+    num_arrived_ptr,  # [num_rows, NUM_KV_HEADS], 0 between launches
+    counters_ptr,  # [num_rows, 4] int64
+    num_splits,
+    sm_scale,
+    max_logit_variance,
+    stride_q_row,
+    stride_out_row,
+    stride_slot,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    CLUSTERS: tl.constexpr,
+    CLUSTER_CAPACITY: tl.constexpr,
+    SLOT_CAPACITY: tl.constexpr,
+    BLOCK_GROUP: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_CLUSTERS: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    COUNT: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """One program takes one split of one (row, KV head)."""
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
+    split = tl.program_id(0)
+    row = tl.program_id(1) // NUM_KV_HEADS
+    head = tl.program_id(1) % NUM_KV_HEADS
+    row_head = tl.program_id(1).to(tl.int64)
+    num_tokens = tl.load(num_selected_tokens_ptr + row_head)
+    num_clusters = tl.load(num_selected_clusters_ptr + row_head)
+    # whole blocks of tokens per split; the first split also serves a row that selects nothing
+    blocks = tl.cdiv(num_tokens, BLOCK_TOKENS)
+    tokens_per_split = tl.maximum(tl.cdiv(blocks, num_splits), 1) * BLOCK_TOKENS
+    active = tl.maximum(tl.cdiv(num_tokens, tokens_per_split), 1)
+    if split >= active:
+        return
+
+    offs_group = tl.arange(0, BLOCK_GROUP)
+    mask_group = offs_group < GROUP
+    offs_dim = tl.arange(0, BLOCK_D)
+    mask_dim = offs_dim < HEAD_DIM
+    mask_out = mask_group[:, None] & mask_dim[None, :]
+    offs_q = (head * GROUP + offs_group[:, None]) * HEAD_DIM + offs_dim[None, :]
+    # [BLOCK_GROUP, BLOCK_D]
+    q = tl.load(q_ptr + row.to(tl.int64) * stride_q_row + offs_q, mask=mask_out, other=0.0)
+    max_log2 = tl.full([BLOCK_GROUP], float("-inf"), tl.float32)
+    weight_sum = tl.zeros([BLOCK_GROUP], tl.float32)
+    acc = tl.zeros([BLOCK_GROUP, BLOCK_D], tl.float32)
+    max_log2, weight_sum, acc = attend_slots(
+        max_log2,
+        weight_sum,
+        acc,
+        q,
+        selected_slots_ptr + row_head * SLOT_CAPACITY,
+        split * tokens_per_split,
+        tl.minimum((split + 1) * tokens_per_split, num_tokens),
+        k_cache_ptr + head * HEAD_DIM,
+        v_cache_ptr + head * HEAD_DIM,
+        stride_slot,
+        sm_scale * LOG2_E,
+        HEAD_DIM,
+        BLOCK_D,
+        BLOCK_TOKENS,
+    )
+    q_square = tl.sum(q.to(tl.float32) * q.to(tl.float32), 1) * sm_scale * sm_scale
+    clusters_per_split = tl.cdiv(num_clusters, active)
+    max_log2, weight_sum, acc = _take_out_clusters(
+        max_log2,
+        weight_sum,
+        acc,
+        q_square,
+        selected_clusters_ptr + row_head * CLUSTER_CAPACITY,
+        split * clusters_per_split,
+        tl.minimum((split + 1) * clusters_per_split, num_clusters),
+        tl.load(item_indptr_ptr + row),
+        head,
+        item_place_ptr,
+        value_centroids_ptr,
+        value_scale_ptr,
+        cluster_sizes_ptr,
+        key_variance_ptr,
+        cluster_weight_ptr,
+        weight_shift_ptr,
+        max_logit_variance,
+        NUM_KV_HEADS,
+        GROUP,
+        HEAD_DIM,
+        CLUSTERS,
+        BLOCK_GROUP,
+        BLOCK_D,
+        BLOCK_CLUSTERS,
+        HAS_SCALE,
+        q_ptr.dtype.element_ty,
+    )
+
+    first_part = row_head * num_splits
+    if active > 1:
+        offs_part = (first_part + split) * GROUP + offs_group
+        tl.store(part_max_ptr + offs_part, max_log2, mask=mask_group)
+        tl.store(part_sum_ptr + offs_part, weight_sum, mask=mask_group)
+        tl.store(
+            part_acc_ptr + offs_part[:, None] * HEAD_DIM + offs_dim[None, :], acc, mask=mask_out
+        )
+        # every thread's stores come before the arrival that announces them
+        tl.debug_barrier()
+        if tl.atomic_add(num_arrived_ptr + row_head, 1, sem="acq_rel") < active - 1:
+            return
+        tl.debug_barrier()
+        tl.store(num_arrived_ptr + row_head, 0)
+
+    # [BLOCK_GROUP] the coarse state, to which the parts are added in order
+    offs_coarse = row_head * GROUP + offs_group
+    merged_max = tl.load(coarse_max_ptr + offs_coarse, mask=mask_group, other=float("-inf"))
+    merged_sum = tl.load(coarse_sum_ptr + offs_coarse, mask=mask_group, other=0.0)
+    merged_acc = tl.load(
+        coarse_acc_ptr + offs_coarse[:, None] * HEAD_DIM + offs_dim[None, :],
+        mask=mask_out,
+        other=0.0,
+    )
+    if active == 1:
+        merged_max, merged_sum, merged_acc = merge_states(
+            merged_max, merged_sum, merged_acc, max_log2, weight_sum, acc
+        )
+    else:
+        for part in range(0, active):
+            offs_part = (first_part + part) * GROUP + offs_group
+            part_max = tl.load(part_max_ptr + offs_part, mask=mask_group, other=float("-inf"))
+            part_sum = tl.load(part_sum_ptr + offs_part, mask=mask_group, other=0.0)
+            part_acc = tl.load(
+                part_acc_ptr + offs_part[:, None] * HEAD_DIM + offs_dim[None, :],
+                mask=mask_out,
+                other=0.0,
+            )
+            merged_max, merged_sum, merged_acc = merge_states(
+                merged_max, merged_sum, merged_acc, part_max, part_sum, part_acc
+            )
+    out = merged_acc / tl.where(merged_sum > 0.0, merged_sum, 1.0)[:, None]
+    tl.store(
+        out_ptr + row.to(tl.int64) * stride_out_row + offs_q,
+        out.to(out_ptr.dtype.element_ty),
+        mask=mask_out,
+    )
+
+    if COUNT and head == 0:
+        num_items = tl.load(item_indptr_ptr + row + 1) - tl.load(item_indptr_ptr + row)
+        exact = tl.load(exact_indptr_ptr + row + 1) - tl.load(exact_indptr_ptr + row)
+        offs_head = tl.arange(0, BLOCK_HEADS)
+        selected = tl.load(
+            num_selected_tokens_ptr + row * NUM_KV_HEADS + offs_head,
+            mask=offs_head < NUM_KV_HEADS,
+            other=0,
+        )
+        mean_selected = tl.sum(selected, 0) // NUM_KV_HEADS
+        clustered = tl.load(num_clustered_tokens_ptr + row_head)
+        row_ptr = counters_ptr + row * 4
+        if num_items > 0:
+            tl.store(row_ptr, tl.load(row_ptr) + 1)
+        elif exact > 0:
+            tl.store(row_ptr + 1, tl.load(row_ptr + 1) + 1)
+        tl.store(row_ptr + 2, tl.load(row_ptr + 2) + exact + mean_selected)
+        tl.store(row_ptr + 3, tl.load(row_ptr + 3) + exact + clustered)
+
+
+def exact_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    pool_layer: PoolLayer,
+    plan: DecodePlan,
+    workspace: DecodeWorkspace,
+    sm_scale: float,
+    max_logit_variance: float,
+    out: torch.Tensor,
+    counters: torch.Tensor | None = None,
+) -> None:
+    """Write the output [num_rows, num_q_heads, head_dim]; runs after cluster_selection.
+
+    Args:
+        counters: [at least num_rows, 4] int64, as multipole_decode describes them.
+    """
+    num_rows = q.shape[0]
+    config = workspace.config
+    num_splits = workspace.num_exact_splits(num_rows)
+    _exact_attention_kernel[(num_splits, num_rows * workspace.num_kv_heads)](
+        q_ptr=q,
+        k_cache_ptr=k_cache,
+        v_cache_ptr=v_cache,
+        out_ptr=out,
+        value_centroids_ptr=pool_layer.value_centroids,
+        value_scale_ptr=pool_layer.value_scale,
+        cluster_sizes_ptr=pool_layer.cluster_sizes,
+        key_variance_ptr=pool_layer.key_variance,
+        item_indptr_ptr=plan.item_indptr,
+        item_place_ptr=plan.item_place,
+        exact_indptr_ptr=plan.exact_indptr,
+        cluster_weight_ptr=workspace.cluster_weight,
+        weight_shift_ptr=workspace.weight_shift_log2,
+        selected_clusters_ptr=workspace.selected_clusters,
+        selected_slots_ptr=workspace.selected_slots,
+        num_selected_clusters_ptr=workspace.num_selected_clusters,
+        num_selected_tokens_ptr=workspace.num_selected_tokens,
+        num_clustered_tokens_ptr=workspace.num_clustered_tokens,
+        coarse_max_ptr=workspace.coarse_max_log2,
+        coarse_sum_ptr=workspace.coarse_sum,
+        coarse_acc_ptr=workspace.coarse_acc,
+        part_max_ptr=workspace.exact_max_log2,
+        part_sum_ptr=workspace.exact_sum,
+        part_acc_ptr=workspace.exact_acc,
+        num_arrived_ptr=workspace.num_arrived,
+        counters_ptr=counters,
+        num_splits=num_splits,
+        sm_scale=sm_scale,
+        max_logit_variance=max_logit_variance,
+        stride_q_row=q.stride(0),
+        stride_out_row=out.stride(0),
+        stride_slot=k_cache.stride(0),
+        NUM_KV_HEADS=workspace.num_kv_heads,
+        GROUP=workspace.gqa_group_size,
+        HEAD_DIM=workspace.head_dim,
+        CLUSTERS=workspace.clusters_per_segment,
+        CLUSTER_CAPACITY=workspace.selected_clusters.shape[2],
+        SLOT_CAPACITY=workspace.selected_capacity,
+        BLOCK_GROUP=16,  # tl.dot needs 16 rows
+        BLOCK_D=triton.next_power_of_2(workspace.head_dim),
+        BLOCK_TOKENS=config.exact_block_tokens,
+        BLOCK_CLUSTERS=16,  # of the order of the clusters in a block's tokens
+        BLOCK_HEADS=triton.next_power_of_2(workspace.num_kv_heads),
+        HAS_SCALE=pool_layer.key_scale is not None,
+        COUNT=counters is not None,
+        OVERLAP=config.overlap_launches,
+        num_warps=config.exact_num_warps,
+        num_stages=config.exact_num_stages,
+        launch_pdl=config.overlap_launches,
+    )

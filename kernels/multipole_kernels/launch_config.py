@@ -1,0 +1,58 @@
+"""Launch configurations of the decode kernels: a table by compute capability.
+
+The rows are measured (benchmarks/decode_attention.py) or, where marked, reasoned from the shared
+memory of the card. Nothing is tuned at run time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class LaunchConfig:
+    """Block shapes, warps and pipeline depths of the three launches of a decode step."""
+
+    num_sms: int
+    # coarse attention: tokens a block gathers at a time, and blocks a step per multiprocessor
+    coarse_block_tokens: int = 64
+    coarse_num_warps: int = 4
+    coarse_num_stages: int = 3
+    coarse_blocks_per_sm: int = 4
+    # selection: (segments held in registers, warps) for a short and a long row
+    select_segments: tuple[int, int] = (16, 128)
+    select_num_warps: int = 16
+    # exact attention to the selected tokens
+    exact_block_tokens: int = 64
+    exact_num_warps: int = 4
+    exact_num_stages: int = 3
+    exact_blocks_per_sm: int = 2
+    # programmatic dependent launch: a kernel's blocks are placed before its predecessor ends
+    overlap_launches: bool = False
+
+
+_BY_CAPABILITY: dict[int, dict[str, object]] = {
+    # Ampere (A100, 164 KiB; 86 and 89 have 100 KiB): reasoned
+    8: {"coarse_num_stages": 2, "exact_num_stages": 2},
+    # Hopper: measured
+    9: {"overlap_launches": True},
+    # Blackwell: reasoned, as Hopper
+    10: {"overlap_launches": True},
+}
+
+# what the interpreter and compile-only runs assume: shapes, not speed
+_WITHOUT_A_GPU = LaunchConfig(num_sms=4, coarse_block_tokens=32, exact_block_tokens=32)
+
+
+@functools.cache
+def launch_config(device: torch.device) -> LaunchConfig:
+    """The configuration of a device; an unknown capability takes the nearest lower one's."""
+    if device.type != "cuda":
+        return _WITHOUT_A_GPU
+    properties = torch.cuda.get_device_properties(device)
+    known = [major for major in _BY_CAPABILITY if major <= properties.major]
+    overrides = _BY_CAPABILITY[max(known)] if known else {}
+    return LaunchConfig(num_sms=properties.multi_processor_count, **overrides)

@@ -1,0 +1,74 @@
+"""plan_chunks: every item and exact token in exactly one chunk of its own row."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from multipole_kernels.decode_buffers import DecodePlan, DecodeWorkspace
+from multipole_kernels.decode_plan import plan_chunks
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def make_plan(items, exact):
+    def indptr(counts):
+        return torch.tensor([0, *counts]).cumsum(0).to(DEVICE, torch.int32)
+
+    unused = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    return DecodePlan(indptr(items), unused, indptr(exact), unused, unused)
+
+
+@pytest.mark.parametrize(
+    ("items", "exact"),
+    [
+        pytest.param([0], [0], id="nothing"),
+        pytest.param([1], [0], id="one-item"),
+        pytest.param([128], [200], id="one-long-row"),
+        pytest.param([0, 3, 0, 17, 0], [5000, 140, 0, 255, 1], id="ragged"),
+        pytest.param([0, 0, 0], [1_000_000, 0, 7], id="a-million-exact-tokens"),
+        pytest.param([1] * 64, [130] * 64, id="many-short-rows"),
+    ],
+)
+def test_chunks_cover_each_row_once(items, exact):
+    num_rows = len(items)
+    workspace = DecodeWorkspace(
+        max_rows=num_rows + 3,
+        max_items=max(1, sum(items)),
+        max_items_per_row=max(1, *items),
+        budget_capacity=128,
+        num_kv_heads=2,
+        gqa_group_size=4,
+        head_dim=64,
+        device=DEVICE,
+    )
+    plan = make_plan(items, exact)
+    plan_chunks(plan, workspace, num_rows)
+
+    bounds = workspace.chunk_indptr[: num_rows + 1].tolist()
+    assert bounds[0] == 0
+    assert bounds[-1] <= workspace.num_chunks(num_rows)
+    for row in range(num_rows):
+        chunks = slice(bounds[row], bounds[row + 1])
+        assert (workspace.chunk_row[chunks] == row).all()
+        covered = {0: [], 1: []}
+        for is_exact, begin, end in zip(
+            workspace.chunk_is_exact[chunks].tolist(),
+            workspace.chunk_begin[chunks].tolist(),
+            workspace.chunk_end[chunks].tolist(),
+            strict=True,
+        ):
+            assert begin < end
+            covered[is_exact].append((begin, end))
+        for is_exact, indptr in ((0, plan.item_indptr), (1, plan.exact_indptr)):
+            position = int(indptr[row])
+            for begin, end in covered[is_exact]:
+                assert begin == position
+                position = end
+            assert position == int(indptr[row + 1])
+
+
+def test_rejects_more_rows_than_the_workspace_has():
+    workspace = DecodeWorkspace(1, 1, 1, 64, 1, 1, 64, device=DEVICE)
+    with pytest.raises(ValueError, match="num_rows must be between 1 and 1, got 2"):
+        plan_chunks(make_plan([0, 0], [0, 0]), workspace, 2)

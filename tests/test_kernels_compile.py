@@ -1,0 +1,123 @@
+"""Every kernel compiles for every architecture we name, on a machine with no GPU."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from triton import compile as triton_compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime import JITFunction
+
+from multipole_kernels.launch_config import LaunchConfig
+from multipole_kernels.merge_states import merge_states
+from multipole_kernels.multipole_decode import multipole_decode
+from tests.decode_case import make_case
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="an interpreted kernel is never compiled"
+)
+
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+TYPE_NAMES = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.float8_e4m3fn: "*fp8e4nv",
+    torch.int8: "*i8",
+    torch.int16: "*i16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+OPTIONS = ("num_warps", "num_stages", "launch_pdl")
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """The kernels launched, as (kernel, arguments), none of which runs."""
+    recorded = []
+    monkeypatch.setattr(
+        JITFunction,
+        "run",
+        lambda self, *args, grid, warmup, **kwargs: recorded.append((self, kwargs)),
+    )
+    return recorded
+
+
+def compile_launch(kernel, arguments, sm):
+    """Compile a recorded launch as the JIT would specialise it."""
+    signature, constexprs, attributes = {}, {}, {}
+    for nth, parameter in enumerate(kernel.params):
+        value = arguments[parameter.name]
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            signature[parameter.name] = "constexpr"
+            constexprs[parameter.name] = value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = TYPE_NAMES[value.dtype]
+            attributes[(nth,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+        else:
+            signature[parameter.name] = "i32"
+            if value % 16 == 0:
+                attributes[(nth,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature=signature, constexprs=constexprs, attrs=attributes)
+    options = {name: arguments[name] for name in OPTIONS if name in arguments}
+    return triton_compile(source, target=GPUTarget("cuda", sm, 32), options=options)
+
+
+@pytest.mark.parametrize("sm", [80, 90, 100])
+def test_merge_states_compiles(launches, sm):
+    merge_states(torch.zeros(1, 1, 16, 128, dtype=torch.bfloat16), torch.zeros(1, 1, 16))
+    (launch,) = launches
+    assert compile_launch(*launch, sm).metadata.shared <= SHARED_LIMIT[sm]
+
+
+@pytest.mark.parametrize(
+    ("sm", "head_dim", "gqa_group_size", "centroid_dtype"),
+    [
+        pytest.param(80, 128, 4, None, id="ampere"),
+        pytest.param(80, 128, 4, torch.int8, id="ampere-int8"),
+        pytest.param(90, 128, 4, None, id="hopper"),
+        pytest.param(90, 128, 4, torch.float8_e4m3fn, id="hopper-fp8"),
+        pytest.param(90, 256, 16, None, id="hopper-largest-head"),
+        pytest.param(90, 96, 3, torch.int8, id="hopper-head-not-a-power-of-two"),
+        pytest.param(100, 128, 4, None, id="blackwell"),
+        pytest.param(100, 128, 4, torch.float8_e4m3fn, id="blackwell-fp8"),
+    ],
+)
+def test_decode_compiles(launches, sm, head_dim, gqa_group_size, centroid_dtype):
+    stages = {} if sm > 80 else {"coarse_num_stages": 2, "exact_num_stages": 2}
+    config = LaunchConfig(num_sms=132, overlap_launches=sm > 80, **stages)
+    case = make_case(
+        [2200],
+        [1024],
+        num_kv_heads=1,
+        gqa_group_size=gqa_group_size,
+        head_dim=head_dim,
+        centroid_dtype=centroid_dtype,
+        segment_size=1024,
+        clusters_per_segment=64,
+        config=config,
+        device="cpu",
+    )
+    # as for a context of a million tokens: the streamed selection is compiled too
+    case.workspace.max_items_per_row, case.workspace.max_select_segments = 1024, 128
+    multipole_decode(
+        case.q,
+        case.k_cache,
+        case.v_cache,
+        case.pool_layer,
+        case.plan,
+        case.workspace,
+        case.sm_scale,
+        case.max_logit_variance,
+        torch.empty_like(case.q),
+        counters=torch.zeros(1, 4, dtype=torch.int64),
+    )
+    assert len(launches) == 4  # the plan, and three a layer
+    for kernel, arguments in launches:
+        binary = compile_launch(kernel, arguments, sm)
+        assert binary.metadata.shared <= SHARED_LIMIT[sm], kernel.__name__
