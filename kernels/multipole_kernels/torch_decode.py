@@ -6,46 +6,10 @@ Loops over rows and KV heads and reads counts on the host, so it is no code for 
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 
 from multipole_kernels import reference
-
-
-@dataclasses.dataclass(frozen=True)
-class PoolLayer:
-    """One layer of the cluster pool; shapes in docs/architecture.md.
-
-    key_centroids, value_centroids [P, H, K, D]; cluster_sizes [P, H, K] int16; key_variance
-    [P, H, K] float32; members [P, H, S] int16; member_begin [P, H, K] int16; segment_slots [P, S]
-    int32.
-    """
-
-    key_centroids: torch.Tensor
-    value_centroids: torch.Tensor
-    cluster_sizes: torch.Tensor
-    key_variance: torch.Tensor
-    members: torch.Tensor
-    member_begin: torch.Tensor
-    segment_slots: torch.Tensor
-
-
-@dataclasses.dataclass(frozen=True)
-class DecodePlan:
-    """A step's work, the same for all layers.
-
-    An item is one usable segment of one row. item_indptr [B + 1] int32, item_place [items] int32;
-    exact_indptr [B + 1] int32 and exact_slots [exact_indptr[B]] int32: the tokens attended exactly
-    whatever is selected; token_budget [B] int32, tokens per KV head; seq_lens [B] int32.
-    """
-
-    item_indptr: torch.Tensor
-    item_place: torch.Tensor
-    exact_indptr: torch.Tensor
-    exact_slots: torch.Tensor
-    token_budget: torch.Tensor
-    seq_lens: torch.Tensor
+from multipole_kernels.decode_buffers import DecodePlan, PoolLayer
 
 
 # columns of the counters; see multipole_decode
@@ -70,8 +34,8 @@ def multipole_decode(
         q: [B, H * G, D]; key_cache, value_cache: [num_slots, H, D].
         out: [B, H * G, D], written.
         counters: [B, 4] int64, added to by what was attended in this call: 1 if the row had
-            clusters (sparse), else 1 in the next column (dense); tokens attended exactly, mean of
-            the KV heads; tokens in context.
+            clusters (sparse), else 1 in the next column (dense; a row of padding counts in
+            neither); tokens attended exactly, mean of the KV heads; tokens in context.
     """
     item_indptr, exact_indptr = plan.item_indptr.tolist(), plan.exact_indptr.tolist()
     for row in range(q.shape[0]):
@@ -88,9 +52,11 @@ def multipole_decode(
             sm_scale,
             max_logit_variance,
         )
-        counters[row, SPARSE_STEPS if len(places) else DENSE_STEPS] += 1
+        if len(places) or len(slots):
+            counters[row, SPARSE_STEPS if len(places) else DENSE_STEPS] += 1
         counters[row, EXACT_TOKENS] += len(slots) + num_selected
-        counters[row, CONTEXT_TOKENS] += plan.seq_lens[row]
+        # every KV head has the same tokens under its clusters
+        counters[row, CONTEXT_TOKENS] += len(slots) + layer.cluster_sizes[places, 0].sum()
 
 
 def _decode_row(
