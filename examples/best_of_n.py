@@ -44,6 +44,7 @@ def best_of_n(s: sgl.lang.interpreter.ProgramState, prompt: str, num_samples: in
     """Sample num_samples answers to `prompt`, then let the model choose one."""
     s += sgl.system(SYSTEM)
     s += sgl.user(prompt)
+    s.sync()  # or fork may come before the text, and would not have it prefilled for all samples
     samples = s.fork(num_samples)
     for sample in samples:
         sample += sgl.assistant(sgl.gen("answer", max_tokens=MAX_ANSWER_TOKENS, temperature=0.8))
