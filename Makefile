@@ -16,13 +16,15 @@ help:
 	@echo "make test   all tests that need no GPU"
 	@echo "make lint   ruff check and ruff format --check"
 
-# uv, because pip takes five minutes more for the same packages
+# uv first: pip takes minutes more for the same packages, but pip alone reads pip's configuration
+# (a mirror, a proxy); compiled, because each of a server's three processes imports half of it
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "make: Python must be 3.11 or newer, got $$($(PYTHON) -V); give PYTHON=<path>" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(BIN)/uv pip install --python $(BIN)/python --editable '.[dev]'
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --editable '.[dev]' || \
+		$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
 install: $(STAMP)

@@ -22,6 +22,7 @@ SYSTEM = "You are a helpful assistant. Answer from the given text, in one or two
 QUESTION = "According to the text: when does the else clause of a try statement run?"
 NUM_SAMPLES = 4
 MAX_ANSWER_TOKENS = 48
+TEMPERATURE = 0.4  # a model this small loses the thread above
 CHAT_TEMPLATE = "chatml"  # of the demo's model
 ACTIVITY_KEYS = (
     "sparse_steps",
@@ -44,9 +45,12 @@ def best_of_n(s: sgl.lang.interpreter.ProgramState, prompt: str, num_samples: in
     """Sample num_samples answers to `prompt`, then let the model choose one."""
     s += sgl.system(SYSTEM)
     s += sgl.user(prompt)
+    s.sync()  # or fork may come before the text, and would not have it prefilled for all samples
     samples = s.fork(num_samples)
     for sample in samples:
-        sample += sgl.assistant(sgl.gen("answer", max_tokens=MAX_ANSWER_TOKENS, temperature=0.8))
+        sample += sgl.assistant(
+            sgl.gen("answer", max_tokens=MAX_ANSWER_TOKENS, temperature=TEMPERATURE)
+        )
     s["answers"] = [sample["answer"].strip() for sample in samples]
     s["activity"] = [sample.get_meta_info("answer").get("multipole") for sample in samples]
     s["prompt_tokens"] = samples[0].get_meta_info("answer")["prompt_tokens"]

@@ -6,10 +6,14 @@ import functools
 import logging
 from typing import Any
 
+import torch
+
 from sglang_multipole import memory, refusals, sglang_compat
-from sglang_multipole.cluster_pool import PoolShape
+from sglang_multipole.cluster_pool import ClusterPool, PoolShape
 from sglang_multipole.config import MultipoleConfig
-from sglang_multipole.runtime import MultipoleRuntime
+from sglang_multipole.runtime import DecodePath, MultipoleRuntime
+from sglang_multipole.segment_builder import KVLayer, SegmentBuilder
+from sglang_multipole.torch_path import TorchPath
 
 logger = logging.getLogger(__name__)
 
@@ -42,19 +46,42 @@ def attach_runtime(runner: Any, values: dict[str, Any]) -> None:
         device=runner.device,
     )
     num_places = memory.num_places(config, runner.max_total_num_tokens)
-    runtime = MultipoleRuntime(config, shape, num_places, layers, req_to_token)
+    pool = ClusterPool(config, shape, num_places)
+    builder = SegmentBuilder(pool, layers, req_to_token)
+    path = _decode_path(runner, pool, layers, req_to_token)
+    runtime = MultipoleRuntime(config, pool, builder, path)
     _watch(runner.token_to_kv_pool_allocator, runtime)
     setattr(runner, RUNTIME_ATTRIBUTE, runtime)
     kv_bytes = sum(layer.key_buffer.nbytes + layer.value_buffer.nbytes for layer in layers)
     logger.info(
-        "Multipole attention: cluster pool %.3f GiB (%.1f %% of the KV pool), %d segments of %d "
-        "tokens; token budget %d, exact below %d tokens",
-        runtime.pool.nbytes / 2**30,
-        100 * runtime.pool.nbytes / kv_bytes,
+        "Multipole attention: cluster pool %.3f GiB (%.1f %% of the KV pool), workspace %.3f GiB, "
+        "%d segments of %d tokens; token budget %d, exact below %d tokens",
+        pool.nbytes / 2**30,
+        100 * pool.nbytes / kv_bytes,
+        path.nbytes / 2**30,
         num_places - 1,
         config.segment_size,
         config.token_budget,
         config.min_context,
+    )
+
+
+def _decode_path(
+    runner: Any, pool: ClusterPool, layers: list[KVLayer], req_to_token: torch.Tensor
+) -> DecodePath:
+    if req_to_token.device.type == "cpu":
+        return TorchPath(pool, layers, req_to_token)
+    # imports kernels that a machine without a GPU never runs
+    from sglang_multipole.triton_path import TritonPath
+
+    return TritonPath(
+        pool,
+        layers,
+        req_to_token,
+        max_rows=sglang_compat.max_decode_rows(runner),
+        max_context=runner.model_config.context_len,
+        gqa_group_size=runner.model_config.num_attention_heads
+        // runner.model_config.get_total_num_kv_heads(),
     )
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from multipole_kernels.torch_decode import multipole_decode
 from sglang_multipole import refusals, sglang_compat
 from sglang_multipole.config import BACKEND_NAME
 from sglang_multipole.runtime import MultipoleRuntime

@@ -8,9 +8,11 @@ docs/architecture.md.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 
+from multipole_kernels.decode_buffers import PoolLayer
 from sglang_multipole.config import MultipoleConfig
 
 
@@ -80,9 +82,21 @@ class ClusterPool:
         self.segment_of_slot.zero_()
         self.open_place.zero_()
 
-    def kill(self, places: torch.Tensor) -> None:
+    def kill(self, places: Sequence[int]) -> None:
         """No row finds these places from here on."""
-        self.segment_extent[places] = 0
+        self.segment_extent[torch.tensor(places, device=self.shape.device)] = 0
+
+    def layer(self, index: int) -> PoolLayer:
+        """One layer's part, as the kernels take it."""
+        return PoolLayer(
+            key_centroids=self.key_centroids[index],
+            value_centroids=self.value_centroids[index],
+            cluster_sizes=self.cluster_sizes[index],
+            key_variance=self.key_variance[index],
+            members=self.members[index],
+            member_begin=self.member_begin[index],
+            segment_slots=self.segment_slots,
+        )
 
     def matches(
         self, places: torch.Tensor, slots: torch.Tensor, extent: torch.Tensor
@@ -129,19 +143,20 @@ class ClusterPool:
         found = usable & self.matches(place, slots, extent)
         return place * found, extent * found
 
-    def register(self, place: int, slots: torch.Tensor, row: int, extent: int) -> None:
-        """Make a built place findable: a full one by its last slot, an open one by its row.
+    def register(self, places: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor) -> None:
+        """Make built places findable: full ones by their last slot, open ones by their row.
 
         Args:
-            slots: [extent] int64.
+            places, rows: [M] int64. slots: [M, extent] int64, extents being equal.
         """
-        self.segment_slots[place, :extent] = slots.int()
-        self.segment_slot_generation[place, :extent] = self.slot_generation[slots]
-        self.segment_extent[place] = extent
+        extent = slots.shape[1]
+        self.segment_slots[places, :extent] = slots.int()
+        self.segment_slot_generation[places, :extent] = self.slot_generation[slots]
+        self.segment_extent[places] = extent
         if extent == self.config.segment_size:
-            self.segment_of_slot[slots[-1]] = place
+            self.segment_of_slot[slots[:, -1]] = places.int()
         else:
-            self.open_place[row] = place
+            self.open_place[rows] = places.int()
 
     def check_integrity(self) -> None:
         """Compare what lies in the pool with its invariants (synchronises; not for the hot path).

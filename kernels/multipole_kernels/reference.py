@@ -40,13 +40,16 @@ def unrotate(keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
     return torch.cat([(x * cos + y * sin) * scale, (y * cos - x * sin) * scale, rest], dim=-1)
 
 
-def seed_positions(num_tokens: int, num_clusters: int, segment_index: int) -> torch.Tensor:
-    """[K] int64: one token at a hashed place in each of K equal strata of the segment.
+def seed_positions(
+    num_tokens: int, num_clusters: int, segment_index: int | torch.Tensor
+) -> torch.Tensor:
+    """[*, K] int64: one token at a hashed place in each of K equal strata of the segment.
 
-    A function of the segment's place in the sequence alone, so that clustering the same tokens
+    segment_index, a number or [*] int64, is the segment's number in its sequence. A function of the segment's place in the sequence alone, so that clustering the same tokens
     again, on another rank or for another request, gives the same clusters.
     """
-    stratum = torch.arange(num_clusters, dtype=torch.int64)
+    segment_index = torch.as_tensor(segment_index).unsqueeze(-1)
+    stratum = torch.arange(num_clusters, dtype=torch.int64, device=segment_index.device)
     begin = stratum * num_tokens // num_clusters
     end = (stratum + 1) * num_tokens // num_clusters
     x = (stratum + 1 + segment_index * 0x9E3779B9) & 0xFFFFFFFF
@@ -116,9 +119,11 @@ def cluster_segment(
     num_clusters: int,
     max_cluster_size: int,
     num_lloyd_iters: int,
-    segment_index: int,
+    segment_index: int | torch.Tensor,
 ) -> torch.Tensor:
     """[*, T] int64 cluster ids of a segment: k-means of features [*, T, D], float32.
+
+    segment_index is a number, or int64 that broadcasts to the leading batch *.
 
     Raises:
         ValueError: num_clusters clusters of max_cluster_size cannot hold the tokens.
@@ -134,7 +139,10 @@ def cluster_segment(
     # k-means does not see a common offset; low-precision distances do
     features = features.float() - features.float().mean(-2, keepdim=True)
     seeds = seed_positions(num_tokens, num_clusters, segment_index).to(features.device)
-    centroids = features[..., seeds, :]
+    batch, head_dim = features.shape[:-2], features.shape[-1]
+    centroids = features.gather(
+        -2, seeds.expand(*batch, num_clusters).unsqueeze(-1).expand(*batch, num_clusters, head_dim)
+    )
     for _ in range(num_lloyd_iters):
         means = cluster_means(features, assign(features, centroids), num_clusters)
         # a cluster that lost its last token stays where it was
