@@ -54,11 +54,10 @@ def attach_runtime(runner: Any, values: dict[str, Any]) -> None:
     setattr(runner, RUNTIME_ATTRIBUTE, runtime)
     kv_bytes = sum(layer.key_buffer.nbytes + layer.value_buffer.nbytes for layer in layers)
     logger.info(
-        "Multipole attention: cluster pool %.3f GiB (%.1f %% of the KV pool), workspace %.3f GiB, "
-        "%d segments of %d tokens; token budget %d, exact below %d tokens",
+        "Multipole attention: cluster pool %.3f GiB (%.1f %% of the KV pool), %d segments of %d "
+        "tokens; token budget %d, exact below %d tokens",
         pool.nbytes / 2**30,
         100 * pool.nbytes / kv_bytes,
-        path.nbytes / 2**30,
         num_places - 1,
         config.segment_size,
         config.token_budget,
@@ -78,10 +77,8 @@ def _decode_path(
         pool,
         layers,
         req_to_token,
-        max_rows=sglang_compat.max_decode_rows(runner),
         max_context=runner.model_config.context_len,
-        gqa_group_size=runner.model_config.num_attention_heads
-        // runner.model_config.get_total_num_kv_heads(),
+        gqa_group_size=sglang_compat.gqa_group_size(runner.model),
     )
 
 

@@ -1,7 +1,6 @@
-"""The attention backend `multipole`: SGLang's dense backend with sparse decode in front.
+"""The attention backend `multipole`: decode by clusters.
 
-The instance is the dense backend's own, its class extended: prefill, buffers and every isinstance
-check stay the dense backend's.
+It decodes and nothing else; SGLang pairs it with a dense backend for prefill.
 """
 
 from __future__ import annotations
@@ -9,79 +8,75 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
-from sglang_multipole import refusals, sglang_compat
+from multipole_patches import SCHEDULER_PATCHES, verify_applied
+from sglang_multipole import sglang_compat
+from sglang_multipole.attach import runtime_of
 from sglang_multipole.config import BACKEND_NAME
 from sglang_multipole.runtime import MultipoleRuntime
 
 
-def extend(dense_class: type) -> type:
-    """A subclass of a dense backend's class that decodes by clusters.
+class MultipoleAttnBackend(AttentionBackend):
+    """Decode attention over the cluster pool; all state is in the runtime."""
 
-    Its instances also hold `_multipole`, their MultipoleRuntime.
-    """
+    def __init__(self, runner: Any, runtime: MultipoleRuntime):
+        super().__init__()
+        self.runtime = runtime
+        # SGLang reads both from the backend
+        self.token_to_kv_pool = runner.token_to_kv_pool
+        self.req_to_token_pool = runner.req_to_token_pool
 
-    class Multipole(dense_class):
-        def init_forward_metadata(self, forward_batch: Any) -> None:
-            super().init_forward_metadata(forward_batch)
-            if forward_batch.forward_mode.is_decode():
-                self._multipole.begin_step(forward_batch.req_pool_indices, forward_batch.seq_lens)
+    def init_forward_metadata(self, forward_batch: Any) -> None:
+        self.init_forward_metadata_out_graph(forward_batch)
 
-        def forward_decode(
-            self,
-            q: torch.Tensor,
-            k: torch.Tensor,
-            v: torch.Tensor,
-            layer: Any,
-            forward_batch: Any,
-            save_kv_cache: bool = True,
-            **kwargs: Any,
-        ) -> torch.Tensor:
-            runtime: MultipoleRuntime = self._multipole
-            pool = self.token_to_kv_pool
-            if save_kv_cache and k is not None:
-                sglang_compat.write_kv(pool, layer, forward_batch.out_cache_loc, k, v)
-            q = q.view(-1, layer.tp_q_head_num, layer.head_dim)
-            out = torch.empty_like(q)
-            multipole_decode(
-                q,
-                pool.get_key_buffer(layer.layer_id),
-                pool.get_value_buffer(layer.layer_id),
-                runtime.pool_layer(layer.layer_id - pool.start_layer),
-                runtime.decode_plan,
-                layer.scaling,
-                runtime.config.max_logit_variance,
-                out,
-                runtime.counters,
-            )
-            return out.view(out.shape[0], -1)
+    def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
+        if not forward_batch.forward_mode.is_idle():
+            self.runtime.begin_step(forward_batch.req_pool_indices, forward_batch.seq_lens)
 
-    Multipole.__name__ = f"Multipole{dense_class.__name__}"
-    return Multipole
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
+        self.runtime.path.reserve(max_bs)
+
+    def get_cuda_graph_seq_len_fill_value(self) -> int:
+        # a row of padding reads slot 0, which no request owns
+        return 1
+
+    def forward_decode(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: Any,
+        forward_batch: Any,
+        save_kv_cache: bool = True,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        pool = self.token_to_kv_pool
+        if save_kv_cache and k is not None:
+            sglang_compat.write_kv(pool, layer, forward_batch.out_cache_loc, k, v)
+        q = q.view(-1, layer.tp_q_head_num, layer.head_dim)
+        out = torch.empty_like(q)
+        self.runtime.path.attend(layer.layer_id - pool.start_layer, q, layer.scaling, out)
+        return out.view(out.shape[0], -1)
+
+    def forward_extend(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        raise RuntimeError(
+            "multipole: this backend decodes only, and was asked to prefill; choose a dense "
+            "backend with --prefill-attention-backend"
+        )
 
 
-def create_backend(runner: Any) -> Any:
+def create_backend(runner: Any) -> AttentionBackend:
     """SGLang's factory of the backend; called once the model and its pools exist.
 
     Raises:
-        RuntimeError: a hook is not in place. RefusedError: the model or a pool is not supported.
+        RuntimeError: a hook is not in place, or multipole attention was not asked for properly.
     """
-    from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
-
-    from multipole_patches import SCHEDULER_PATCHES, verify_applied
-
-    dense_name = sglang_compat.dense_backend_name(runner)
-    if runner.is_draft_worker:
-        return ATTENTION_BACKENDS[dense_name](runner)
     verify_applied(SCHEDULER_PATCHES)
-    runtime = getattr(runner, "_multipole", None)
+    runtime = runtime_of(runner)
     if runtime is None:
         raise RuntimeError(
             "multipole: the cluster pool was not built; start the server with --enable-multipole, "
             f"which also sets --decode-attention-backend {BACKEND_NAME}"
         )
-    refusals.check_runner(runner)
-    backend = ATTENTION_BACKENDS[dense_name](runner)
-    backend.__class__ = extend(type(backend))
-    backend._multipole = runtime
-    return backend
+    return MultipoleAttnBackend(runner, runtime)

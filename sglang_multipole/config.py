@@ -124,6 +124,11 @@ class MultipoleConfig:
         return self.tokens_per_cluster * self.max_cluster_size_ratio
 
     @property
+    def max_token_budget(self) -> int:
+        """The largest budget a request can have, in tokens."""
+        return self.token_budget
+
+    @property
     def clusters_per_segment(self) -> int:
         return self.segment_size // self.tokens_per_cluster
 

@@ -13,6 +13,8 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from sglang_multipole import sglang_compat
 from sglang_multipole.config import BACKEND_NAME, MultipoleConfig
 
@@ -23,6 +25,8 @@ SUPPORTED_ROTARY = (
     "Llama3RotaryEmbedding",
     "YaRNScalingRotaryEmbedding",
 )
+SUPPORTED_HEAD_DIMS = (64, 96, 128, 256)  # on a GPU
+MAX_GQA_GROUP_SIZE = 16  # on a GPU
 SUPPORTED_KV_POOL = "MHATokenToKVPool"
 SUPPORTED_ALLOCATORS = ("TokenToKVPoolAllocator", "PagedTokenToKVPoolAllocator")
 
@@ -189,7 +193,22 @@ def check_runner(runner: Any) -> None:
         problems.append(f"KV pool {type(pool).__name__}, not {SUPPORTED_KV_POOL}: {_DENSE}")
     if type(allocator).__name__ not in SUPPORTED_ALLOCATORS:
         problems.append(f"KV allocator {type(allocator).__name__}: {_DENSE}")
+    problems += _gpu_problems(runner) if str(runner.device).startswith("cuda") else []
     _raise(problems[:4])
+
+
+def _gpu_problems(runner: Any) -> list[str]:
+    """What the Triton kernels do not do."""
+    problems = []
+    if runner.dtype not in (torch.float16, torch.bfloat16):
+        problems.append(f"dtype {runner.dtype}: use --dtype bfloat16 or float16")
+    head_dim = runner.model_config.head_dim
+    if head_dim not in SUPPORTED_HEAD_DIMS:
+        problems.append(f"head_dim {head_dim}, not one of {SUPPORTED_HEAD_DIMS}: {_DENSE}")
+    group = sglang_compat.gqa_group_size(runner.model)
+    if group > MAX_GQA_GROUP_SIZE:
+        problems.append(f"{group} query heads a KV head, at most {MAX_GQA_GROUP_SIZE}: {_DENSE}")
+    return problems
 
 
 def _raise(problems: list[str]) -> None:

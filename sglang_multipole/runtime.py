@@ -35,6 +35,8 @@ class DecodePath(Protocol):
 
     nbytes: int
 
+    def reserve(self, max_rows: int) -> None: ...
+
     def begin(
         self, rows: torch.Tensor, seq_lens: torch.Tensor, token_budgets: Sequence[int], step: int
     ) -> None: ...

@@ -158,9 +158,7 @@ class SegmentBuilder:
         pool.member_begin[part, places, :, used] = (sizes.cumsum(-1) - sizes).short()
         pool.members[part, places, :, :num_tokens] = members.short()
 
-    def _features(
-        self, layers: range, keys: torch.Tensor, positions: torch.Tensor
-    ) -> torch.Tensor:
+    def _features(self, layers: range, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """What is clustered: the keys without their rotary position, [layers, M, H, T, D]."""
         tables = {id(self.layers[i].cos) for i in layers}
         if len(tables) == 1:

@@ -90,10 +90,7 @@ def write_kv(pool: Any, layer: Any, slots: torch.Tensor, k: torch.Tensor, v: tor
     pool.set_kv_buffer(layer, KVWriteLoc(slots, None), k, v)
 
 
-def dense_backend_name(runner: Any) -> str:
-    """SGLang's name of the dense backend that ours extends: configured, or that of prefill."""
-    from sglang_multipole.config import MultipoleConfig
-
-    values = config_values(runner.server_args)
-    chosen = MultipoleConfig.from_dict(values).dense_backend if values else "auto"
-    return runner.server_args.get_attention_backends()[0] if chosen == "auto" else chosen
+def gqa_group_size(model: torch.nn.Module) -> int:
+    """Query heads that share a KV head."""
+    _, layer, _ = next(attention_layers(model))
+    return layer.tp_q_head_num // layer.tp_k_head_num

@@ -22,6 +22,9 @@ class TorchPath:
         self._found = torch.zeros(0, 0, dtype=torch.int64)
         self._counters = torch.zeros(0, NUM_COUNTERS, dtype=torch.int64)
 
+    def reserve(self, max_rows: int) -> None:
+        """Nothing is reserved: there are no graphs here."""
+
     def begin(
         self, rows: torch.Tensor, seq_lens: torch.Tensor, token_budgets: Sequence[int], step: int
     ) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import triton
 
 from multipole_kernels.decode_buffers import DecodeWorkspace
 from multipole_kernels.decode_plan import plan_chunks
@@ -22,11 +23,52 @@ from sglang_multipole.segment_builder import KVLayer
 _RING = 4
 
 
+class _Buffers:
+    """What a step of at most max_rows rows is laid out in."""
+
+    def __init__(self, pool: ClusterPool, max_rows: int, max_context: int, gqa_group_size: int):
+        config, shape = pool.config, pool.shape
+        device = torch.device(shape.device)
+        max_segments = -(-max_context // config.segment_size)
+        # forks share segments, so a batch can have more items than the pool has places
+        max_items = min(max_rows * max_segments, 2 * pool.num_places)
+        self.max_rows = max_rows
+        self.snapshot = SegmentSnapshot(
+            max_rows, max_segments, max_items, max_rows * max_context, device
+        )
+        self.workspace = DecodeWorkspace(
+            max_rows,
+            max_items,
+            max_segments,
+            # beyond the context a budget changes nothing
+            min(config.max_token_budget, max_context),
+            shape.num_kv_heads,
+            gqa_group_size,
+            shape.head_dim,
+            config.clusters_per_segment,
+            config.max_cluster_size,
+            device,
+        )
+        self.counters = torch.zeros(max_rows, NUM_COUNTERS, dtype=torch.int64, device=device)
+        self.budgets = [_pinned(max_rows, dtype=torch.int32) for _ in range(_RING)]
+        self.results = [
+            TritonResults(
+                _pinned(max_rows, max_segments, dtype=torch.int32),
+                _pinned(max_rows, NUM_COUNTERS, dtype=torch.int64),
+                _pinned(pool.num_places, dtype=torch.int64),
+            )
+            for _ in range(_RING)
+        ]
+
+    @property
+    def nbytes(self) -> int:
+        return self.snapshot.nbytes + self.workspace.bytes + self.counters.nbytes
+
+
 class TritonPath:
     """Buffers and launches of a decode step.
 
     Args:
-        max_rows: rows of the largest batch, padding of captured graphs included.
         max_context: tokens of the longest row.
     """
 
@@ -35,31 +77,15 @@ class TritonPath:
         pool: ClusterPool,
         layers: Sequence[KVLayer],
         req_to_token: torch.Tensor,
-        max_rows: int,
         max_context: int,
         gqa_group_size: int,
     ):
         self.pool, self.layers, self.req_to_token = pool, layers, req_to_token
-        config, device = pool.config, req_to_token.device
-        max_segments = -(-max_context // config.segment_size)
-        # forks share segments, so a batch can have more items than the pool has places
-        max_items = min(max_rows * max_segments, 2 * pool.num_places)
-        self.snapshot = SegmentSnapshot(
-            max_rows, max_segments, max_items, max_rows * max_context, device
-        )
-        self.workspace = DecodeWorkspace(
-            max_rows,
-            max_items,
-            max_segments,
-            config.max_token_budget,
-            pool.shape.num_kv_heads,
-            gqa_group_size,
-            pool.shape.head_dim,
-            config.clusters_per_segment,
-            config.max_cluster_size,
-            device,
-        )
-        self.counters = torch.zeros(max_rows, NUM_COUNTERS, dtype=torch.int64, device=device)
+        self._sizes = (max_context, gqa_group_size)
+        # captured graphs own the addresses in `_captured`; larger batches run without a graph
+        self._captured: _Buffers | None = None
+        self._larger: _Buffers | None = None
+        self._current: _Buffers | None = None
         self._index = PoolIndex(
             pool.segment_slots,
             pool.segment_slot_generation,
@@ -69,20 +95,28 @@ class TritonPath:
             pool.slot_generation,
             pool.open_place,
         )
-        self._budgets = [_pinned(max_rows, dtype=torch.int32) for _ in range(_RING)]
-        self._ring = [
-            TritonResults(
-                _pinned(max_rows, max_segments, dtype=torch.int32),
-                _pinned(max_rows, NUM_COUNTERS, dtype=torch.int64),
-                _pinned(pool.num_places, dtype=torch.int64),
-            )
-            for _ in range(_RING)
-        ]
         self._turn = 0
 
     @property
     def nbytes(self) -> int:
-        return self.snapshot.nbytes + self.workspace.bytes + self.counters.nbytes
+        return sum(b.nbytes for b in (self._captured, self._larger) if b is not None)
+
+    def reserve(self, max_rows: int) -> None:
+        """Make the buffers that graphs of up to max_rows rows will own; once, before capture."""
+        if self._captured is None:
+            self._captured = _Buffers(self.pool, max_rows, *self._sizes)
+        elif self._captured.max_rows < max_rows:
+            raise RuntimeError(
+                f"TritonPath: graphs of {max_rows} rows, but buffers for "
+                f"{self._captured.max_rows} are already owned by captured graphs"
+            )
+
+    def _buffers_for(self, num_rows: int) -> _Buffers:
+        for buffers in (self._captured, self._larger):
+            if buffers is not None and num_rows <= buffers.max_rows:
+                return buffers
+        self._larger = _Buffers(self.pool, triton.next_power_of_2(num_rows), *self._sizes)
+        return self._larger
 
     def begin(
         self, rows: torch.Tensor, seq_lens: torch.Tensor, token_budgets: Sequence[int], step: int
@@ -92,12 +126,14 @@ class TritonPath:
         Rows beyond len(token_budgets) are padding of a captured graph.
         """
         config, num_rows = self.pool.config, rows.shape[0]
+        self._current = buffers = self._buffers_for(num_rows)
         self._turn = (self._turn + 1) % _RING
-        budgets = self._budgets[self._turn]
+        budgets = buffers.budgets[self._turn]
         budgets[:num_rows] = 0
         budgets[: len(token_budgets)] = torch.tensor(token_budgets, dtype=torch.int32)
-        self.snapshot.plan.token_budget[:num_rows].copy_(budgets[:num_rows], non_blocking=True)
-        self.snapshot.take(
+        plan = buffers.snapshot.plan
+        plan.token_budget[:num_rows].copy_(budgets[:num_rows], non_blocking=True)
+        buffers.snapshot.take(
             self._index,
             self.req_to_token,
             rows,
@@ -107,30 +143,32 @@ class TritonPath:
             recluster_interval=config.recluster_interval,
             num_sink_tokens=config.num_sink_tokens,
         )
-        centroid_bytes = self.pool.key_centroids.element_size()
-        plan_chunks(self.snapshot.plan, self.workspace, num_rows, centroid_bytes)
-        self.counters[:num_rows].zero_()
+        plan_chunks(plan, buffers.workspace, num_rows, self.pool.key_centroids.element_size())
+        buffers.counters[:num_rows].zero_()
 
     def attend(self, layer: int, q: torch.Tensor, sm_scale: float, out: torch.Tensor) -> None:
         """Attention of the step's rows in one layer; q, out [B, num_q_heads, head_dim]."""
-        kv = self.layers[layer]
+        kv, buffers = self.layers[layer], self._current
         multipole_decode(
             q,
             kv.key_buffer,
             kv.value_buffer,
             self.pool.layer(layer),
-            self.snapshot.plan,
-            self.workspace,
+            buffers.snapshot.plan,
+            buffers.workspace,
             sm_scale,
             self.pool.config.max_logit_variance,
             out,
-            self.counters,
+            buffers.counters,
         )
 
     def results(self, num_rows: int) -> TritonResults:
         """Start copying the step's results; to be called on the stream of the forward."""
-        results = self._ring[self._turn]
-        results.start(num_rows, self.snapshot.found_extent, self.counters, self.pool.last_used)
+        buffers = self._current
+        results = buffers.results[self._turn]
+        results.start(
+            num_rows, buffers.snapshot.found_extent, buffers.counters, self.pool.last_used
+        )
         return results
 
 

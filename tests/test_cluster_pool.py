@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
-from multipole_kernels.torch_decode import multipole_decode
 from sglang_multipole.activity import Activity
-from sglang_multipole.cluster_pool import PoolShape
+from sglang_multipole.cluster_pool import ClusterPool, PoolShape
 from sglang_multipole.config import MultipoleConfig
 from sglang_multipole.runtime import MultipoleRuntime
-from sglang_multipole.segment_builder import KVLayer
+from sglang_multipole.segment_builder import KVLayer, SegmentBuilder
 from sglang_multipole.segment_planner import DecodeRow
+from sglang_multipole.torch_path import TorchPath
 
 NUM_SLOTS, NUM_ROWS, HEADS, GROUP, DIM = 4000, 8, 2, 3, 16
 SMALL = MultipoleConfig(
@@ -35,7 +34,10 @@ class Host:
         self.req_to_token = torch.zeros(NUM_ROWS, 2048, dtype=torch.int32)
         shape = PoolShape(1, HEADS, DIM, NUM_SLOTS, NUM_ROWS, torch.float32, "cpu")
         self.layer = KVLayer(keys, values, None, None)
-        self.runtime = MultipoleRuntime(config, shape, num_places, [self.layer], self.req_to_token)
+        pool = ClusterPool(config, shape, num_places)
+        builder = SegmentBuilder(pool, [self.layer], self.req_to_token)
+        self.path = TorchPath(pool, [self.layer], self.req_to_token)
+        self.runtime = MultipoleRuntime(config, pool, builder, self.path)
         self.free = torch.randperm(NUM_SLOTS - 1, generator=generator) + 1
         self.rows: dict[str, tuple[int, int]] = {}
         self.activities: dict[str, Activity] = {}
@@ -68,17 +70,7 @@ class Host:
         q = torch.randn(len(rows), HEADS * GROUP, DIM, generator=self.generator)
         out = torch.full_like(q, torch.nan)
         self.q = q
-        multipole_decode(
-            q,
-            self.layer.key_buffer,
-            self.layer.value_buffer,
-            self.runtime.pool_layer(0),
-            self.runtime.decode_plan,
-            DIM**-0.5,
-            1.0,
-            out,
-            self.runtime.counters,
-        )
+        self.path.attend(0, q, DIM**-0.5, out)
         self.runtime.apply_feedback(self.runtime.end_step())
         self.runtime.check_integrity()
         return out
@@ -205,10 +197,15 @@ def test_answers_do_not_depend_on_who_built_a_segment():
     torch.testing.assert_close(whole.step(), grown.step(), rtol=0, atol=0)
 
 
-def test_a_step_without_its_plan_is_refused():
+def test_a_batch_that_was_not_planned_builds_nothing_and_finds_what_is_there():
+    """Warm-up and graph capture run forwards that no scheduler iteration announced."""
     host = Host(SMALL)
-    with pytest.raises(RuntimeError, match=r"Scheduler.run_batch"):
-        host.runtime.begin_step(torch.tensor([1]), torch.tensor([5]))
+    host.add("a", 1, 300)
+    host.step()
+    host.runtime.begin_step(torch.tensor([1]), torch.tensor([301]))
+    assert host.path.plan.item_indptr.tolist() == [0, 2]
+    host.runtime.begin_step(torch.tensor([0]), torch.tensor([1]))
+    assert host.path.plan.exact_slots.tolist() == [0]
 
 
 def test_dense_attention_in_place_of_the_sparse_path_shows_in_the_counters(monkeypatch):
@@ -219,7 +216,7 @@ def test_dense_attention_in_place_of_the_sparse_path_shows_in_the_counters(monke
     def dense_in_disguise(q, key_cache, value_cache, layer, plan, sm_scale, limit, out, counters):
         out.copy_(torch.zeros_like(q))
 
-    monkeypatch.setattr(f"{__name__}.multipole_decode", dense_in_disguise)
+    monkeypatch.setattr("sglang_multipole.torch_path.multipole_decode", dense_in_disguise)
     host.step()
     counts = host.activities["a"].to_dict()
     assert counts["segments_built"] == 5

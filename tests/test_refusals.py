@@ -152,6 +152,7 @@ def test_layers_and_pools_are_checked_once_they_exist(monkeypatch, layer, rotary
         refusals.sglang_compat, "attention_layers", lambda model: [("model.0.attn", layer, rotary)]
     )
     runner = SimpleNamespace(
+        device="cpu",
         model=None,
         token_to_kv_pool=pool,
         token_to_kv_pool_allocator=TokenToKVPoolAllocator(),

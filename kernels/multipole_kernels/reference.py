@@ -45,8 +45,9 @@ def seed_positions(
 ) -> torch.Tensor:
     """[*, K] int64: one token at a hashed place in each of K equal strata of the segment.
 
-    segment_index, a number or [*] int64, is the segment's number in its sequence. A function of the segment's place in the sequence alone, so that clustering the same tokens
-    again, on another rank or for another request, gives the same clusters.
+    segment_index, a number or [*] int64, is the segment's number in its sequence. A function of the
+    segment's place alone, so that clustering the same tokens again, on another rank or for another
+    request, gives the same clusters.
     """
     segment_index = torch.as_tensor(segment_index).unsqueeze(-1)
     stratum = torch.arange(num_clusters, dtype=torch.int64, device=segment_index.device)

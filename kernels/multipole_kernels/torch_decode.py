@@ -11,7 +11,6 @@ import torch
 from multipole_kernels import reference
 from multipole_kernels.decode_buffers import DecodePlan, PoolLayer
 
-
 # columns of the counters; see multipole_decode
 SPARSE_STEPS, DENSE_STEPS, EXACT_TOKENS, CONTEXT_TOKENS = range(4)
 NUM_COUNTERS = 4

@@ -8,6 +8,7 @@ Removed by: an upstream hook around a scheduler iteration.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -28,7 +29,9 @@ def hook(
     rows = sglang_compat.decode_rows(batch, runtime.config.token_budget)
     runtime.plan_step(rows, [_activity(req) for req in batch.reqs])
     result = original(scheduler, batch, *args, **kwargs)
-    result._multipole = runtime.end_step()
+    # with overlap scheduling the forward was launched on a stream of its own
+    with scheduler.forward_stream_ctx if scheduler.enable_overlap else contextlib.nullcontext():
+        result._multipole = runtime.end_step()
     return result
 
 
