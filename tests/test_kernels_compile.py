@@ -14,6 +14,7 @@ from triton.runtime import JITFunction
 from multipole_kernels.launch_config import LaunchConfig
 from multipole_kernels.merge_states import merge_states
 from multipole_kernels.multipole_decode import multipole_decode
+from multipole_kernels.segment_snapshot import PoolIndex, SegmentSnapshot
 from tests.decode_case import make_case
 
 pytestmark = pytest.mark.skipif(
@@ -121,3 +122,30 @@ def test_decode_compiles(launches, sm, head_dim, gqa_group_size, centroid_dtype)
     for kernel, arguments in launches:
         binary = compile_launch(kernel, arguments, sm)
         assert binary.metadata.shared <= SHARED_LIMIT[sm], kernel.__name__
+
+
+@pytest.mark.parametrize("sm", [80, 90, 100])
+def test_the_snapshot_compiles(launches, sm):
+    index = PoolIndex(
+        segment_slots=torch.zeros(9, 1024, dtype=torch.int32),
+        segment_slot_generation=torch.zeros(9, 1024, dtype=torch.int32),
+        segment_extent=torch.zeros(9, dtype=torch.int32),
+        last_used=torch.zeros(9, dtype=torch.int64),
+        segment_of_slot=torch.zeros(5000, dtype=torch.int32),
+        slot_generation=torch.zeros(5000, dtype=torch.int32),
+        open_place=torch.zeros(8, dtype=torch.int32),
+    )
+    snapshot = SegmentSnapshot(16, 128, 500, 5000, torch.device("cpu"))
+    snapshot.take(
+        index,
+        torch.zeros(8, 4096, dtype=torch.int32),
+        torch.zeros(2, dtype=torch.int64),
+        torch.ones(2, dtype=torch.int64),
+        7,
+        min_context=4096,
+        recluster_interval=128,
+        num_sink_tokens=10,
+    )
+    assert len(launches) == 3
+    for launch in launches:
+        assert compile_launch(*launch, sm).metadata.shared <= SHARED_LIMIT[sm]
