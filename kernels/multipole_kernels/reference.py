@@ -71,10 +71,15 @@ def assign(features: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
 
 
 def cluster_means(rows: torch.Tensor, cluster_ids: torch.Tensor, num_clusters: int) -> torch.Tensor:
-    """[*, K, D] float32: the mean of each cluster's rows [*, T, D]; NaN where it has none."""
-    sums = rows.new_zeros(*rows.shape[:-2], num_clusters, rows.shape[-1], dtype=torch.float32)
-    sums.scatter_add_(-2, cluster_ids.unsqueeze(-1).expand(rows.shape), rows.float())
-    return sums / cluster_sizes(cluster_ids, num_clusters).unsqueeze(-1)
+    """[*, K, D] float32: the mean of each cluster's rows [*, T, D]; NaN where it has none.
+
+    The sums are products with a matrix of ones and zeros: added up in the same order every time,
+    which scattered additions on a GPU are not.
+    """
+    is_member = cluster_ids.unsqueeze(-2) == torch.arange(
+        num_clusters, device=rows.device
+    ).unsqueeze(-1)
+    return is_member.float() @ rows.float() / is_member.sum(-1, keepdim=True)
 
 
 def cluster_sizes(cluster_ids: torch.Tensor, num_clusters: int) -> torch.Tensor:
