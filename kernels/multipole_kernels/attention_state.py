@@ -39,14 +39,59 @@ def raised_max(max_log2, logits_log2):
 
 
 @triton.jit
-def merge_states(max_a, sum_a, acc_a, max_b, sum_b, acc_b):
-    """The state of two disjoint parts: [M], [M], [M, D] each."""
-    new_max = tl.maximum(max_a, max_b)
-    shift = finite_or_zero(new_max)
-    scale_a = tl.exp2(max_a - shift)
-    scale_b = tl.exp2(max_b - shift)
-    acc = acc_a * scale_a[:, None] + acc_b * scale_b[:, None]
-    return new_max, sum_a * scale_a + sum_b * scale_b, acc
+def tail_above_score(q_square, variance, sizes, max_logit_variance):
+    """[M, K] what a cluster's base-2 tail logit adds to its score; -inf for an empty cluster.
+
+    q_square [M] is |q * sm_scale|^2; variance and sizes [K] are the clusters'.
+    """
+    logit_variance = tl.minimum(q_square[:, None] * variance[None, :], max_logit_variance)
+    return 0.5 * LOG2_E * logit_variance + tl.log2(sizes.to(tl.float32))[None, :]
+
+
+@triton.jit
+def merge_parts(
+    merged_max,  # [BLOCK_GROUP]
+    merged_sum,
+    acc,  # [BLOCK_GROUP, BLOCK_D]
+    part_max_ptr,  # [parts, GROUP] fp32
+    part_sum_ptr,
+    part_acc_ptr,  # [parts, GROUP, HEAD_DIM] fp32
+    begin,
+    end,
+    stride_part,  # query heads from one part to the next
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_GROUP: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
+):
+    """The state of a KV head's query heads with parts begin to end added, in order."""
+    offs_group = tl.arange(0, BLOCK_GROUP)
+    offs_part = tl.arange(0, BLOCK_PARTS)
+    offs_dim = tl.arange(0, BLOCK_D)
+    mask_group = offs_group < GROUP
+    mask_dim = offs_dim < HEAD_DIM
+    for first in range(begin, end, BLOCK_PARTS):
+        part = first + offs_part
+        # [BLOCK_PARTS, BLOCK_GROUP]; int64: parts * heads * head_dim
+        head = part.to(tl.int64)[:, None] * stride_part + offs_group[None, :]
+        mask = (part < end)[:, None] & mask_group[None, :]
+        part_max = tl.load(part_max_ptr + head, mask=mask, other=float("-inf"))
+        part_sum = tl.load(part_sum_ptr + head, mask=mask, other=0.0)
+        # [BLOCK_PARTS, BLOCK_GROUP, BLOCK_D]
+        part_acc = tl.load(
+            part_acc_ptr + head[:, :, None] * HEAD_DIM + offs_dim[None, None, :],
+            mask=mask[:, :, None] & mask_dim[None, None, :],
+            other=0.0,
+        )
+        new_max = tl.maximum(merged_max, tl.max(part_max, 0))
+        shift = finite_or_zero(new_max)
+        rescale = tl.exp2(merged_max - shift)
+        weight = tl.exp2(part_max - shift[None, :])
+        merged_sum = merged_sum * rescale + tl.sum(part_sum * weight, 0)
+        acc = acc * rescale[:, None] + tl.sum(part_acc * weight[:, :, None], 0)
+        merged_max = new_max
+    return merged_max, merged_sum, acc
 
 
 @triton.jit

@@ -11,8 +11,8 @@ tokens of all clusters above a trial value are summed until only one cluster is 
 bounds, or one value (ties). A row with up to `select_segments` segments is held in registers, a
 longer one is read again in every trial.
 
-The same launch merges the coarse parts of every query head, on multiprocessors that the selection
-leaves free. A row without items selects nothing.
+The same launch merges the coarse parts, on multiprocessors that the selection leaves free if there
+are any. A row without items selects nothing.
 """
 
 from __future__ import annotations
@@ -21,12 +21,16 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from multipole_kernels.attention_state import finite_or_zero
+from multipole_kernels.attention_state import finite_or_zero, merge_parts
 from multipole_kernels.decode_buffers import DecodePlan, DecodeWorkspace, PoolLayer
+from multipole_kernels.launch_config import MERGE_ELEMENTS
 
 # a sum of sizes in the low bits, a count of clusters (modulo 2048) in the high ones
 _SIZE_BITS = tl.constexpr(21)
 _ONE_CLUSTER = tl.constexpr(1 << 21)
+# trial values of one pass over the keys, and their distance in the first: two octaves
+_TRIALS = tl.constexpr(4)
+_FIRST_STEP = tl.constexpr(2 << 23)
 # no cluster is larger than a segment; a count that wraps to 0 or 1 has more tokens than this
 _LARGEST_CLUSTER = tl.constexpr(1024)
 
@@ -255,23 +259,32 @@ def _select_resident(
         SEGMENTS,
     )
     best_key = tl.max(key, 0)
+    weighed = tl.where(sizes > 0, sizes + _ONE_CLUSTER, 0)
     low = tl.full([], -1, tl.int32)
     high = best_key
-    weighed_low = _weighed_above(key, sizes, -1)
+    weighed_low = tl.sum(weighed, 0)
     weighed_high = tl.zeros([], tl.int32)
     num_clustered_tokens = _tokens(weighed_low)
     if num_clustered_tokens <= budget:
         high = low
         weighed_high = weighed_low
+    offs_trial = tl.arange(0, _TRIALS)
+    # first look at the octaves just below the best, where the threshold almost always is
+    step = tl.maximum(tl.minimum(_FIRST_STEP, (high - low) // (_TRIALS + 1)), 1)
     while _still_open(low, high, weighed_low, weighed_high):
-        middle = low + (high - low) // 2
-        weighed = _weighed_above(key, sizes, middle)
-        if _tokens(weighed) <= budget:
-            high = middle
-            weighed_high = weighed
-        else:
-            low = middle
-            weighed_low = weighed
+        # [_TRIALS] falling from high; what passes low changes nothing
+        trial = tl.maximum(high - (offs_trial + 1) * step, low)
+        above = tl.sum(tl.where(key[None, :] > trial[:, None], weighed[None, :], 0), 1)
+        fits = _tokens(above) <= budget
+        # trials that fit come first: the last of them is the new high, the next the new low
+        num_fit = tl.sum(fits.to(tl.int32), 0)
+        if num_fit > 0:
+            weighed_high = tl.sum(tl.where(offs_trial == num_fit - 1, above, 0), 0)
+        if num_fit < _TRIALS:
+            weighed_low = tl.sum(tl.where(offs_trial == num_fit, above, 0), 0)
+            low = tl.maximum(high - (num_fit + 1) * step, low)
+        high -= num_fit * step
+        step = tl.maximum((high - low) // (_TRIALS + 1), 1)
     # only where low and high are neighbours can clusters tie at high
     remaining = tl.where(high - low == 1, budget - _tokens(weighed_high), 0)
     best = tl.full([], -1, tl.int32)
@@ -397,52 +410,52 @@ def _load_packed(
 
 
 @triton.jit
-def _merge_parts(
-    row,
-    q_head,
-    part_begin,
-    part_end,
+def _merge_row_head(
+    row_head,
+    chunk_indptr_ptr,
     part_max_ptr,
     part_sum_ptr,
     part_acc_ptr,
     merged_max_ptr,
     merged_sum_ptr,
     merged_acc_ptr,
-    NUM_Q_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    BLOCK_GROUP: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
 ):
-    """Merge a row's coarse parts of one query head into one state."""
+    """Merge the coarse parts of one (row, KV head) into one state."""
+    row = row_head // NUM_KV_HEADS
+    part = (row_head % NUM_KV_HEADS) * GROUP
+    merged_max, merged_sum, acc = merge_parts(
+        tl.full([BLOCK_GROUP], float("-inf"), tl.float32),
+        tl.zeros([BLOCK_GROUP], tl.float32),
+        tl.zeros([BLOCK_GROUP, BLOCK_D], tl.float32),
+        part_max_ptr + part,
+        part_sum_ptr + part,
+        part_acc_ptr + part * HEAD_DIM,
+        tl.load(chunk_indptr_ptr + row),
+        tl.load(chunk_indptr_ptr + row + 1),
+        NUM_KV_HEADS * GROUP,
+        GROUP,
+        HEAD_DIM,
+        BLOCK_GROUP,
+        BLOCK_D,
+        BLOCK_PARTS,
+    )
+    offs_group = tl.arange(0, BLOCK_GROUP)
     offs_dim = tl.arange(0, BLOCK_D)
-    mask_dim = offs_dim < HEAD_DIM
-    offs_part = tl.arange(0, BLOCK_PARTS)
-    merged_max = tl.full([], float("-inf"), tl.float32)
-    merged_sum = tl.zeros([], tl.float32)
-    acc = tl.zeros([BLOCK_D], tl.float32)
-    for first in range(part_begin, part_end, BLOCK_PARTS):
-        part = first + offs_part
-        mask = part < part_end
-        offsets = part.to(tl.int64) * NUM_Q_HEADS + q_head
-        part_max = tl.load(part_max_ptr + offsets, mask=mask, other=float("-inf"))
-        part_sum = tl.load(part_sum_ptr + offsets, mask=mask, other=0.0)
-        # [BLOCK_PARTS, BLOCK_D]
-        part_acc = tl.load(
-            part_acc_ptr + offsets[:, None] * HEAD_DIM + offs_dim[None, :],
-            mask=mask[:, None] & mask_dim[None, :],
-            other=0.0,
-        )
-        new_max = tl.maximum(merged_max, tl.max(part_max, 0))
-        shift = finite_or_zero(new_max)
-        rescale = tl.exp2(merged_max - shift)
-        weight = tl.exp2(part_max - shift)
-        merged_sum = merged_sum * rescale + tl.sum(part_sum * weight, 0)
-        acc = acc * rescale + tl.sum(part_acc * weight[:, None], 0)
-        merged_max = new_max
-    offset = row * NUM_Q_HEADS + q_head
-    tl.store(merged_max_ptr + offset, merged_max)
-    tl.store(merged_sum_ptr + offset, merged_sum)
-    tl.store(merged_acc_ptr + offset * HEAD_DIM + offs_dim, acc, mask=mask_dim)
+    mask_group = offs_group < GROUP
+    offs_head = row_head.to(tl.int64) * GROUP + offs_group
+    tl.store(merged_max_ptr + offs_head, merged_max, mask=mask_group)
+    tl.store(merged_sum_ptr + offs_head, merged_sum, mask=mask_group)
+    tl.store(
+        merged_acc_ptr + offs_head[:, None] * HEAD_DIM + offs_dim[None, :],
+        acc,
+        mask=mask_group[:, None] & (offs_dim < HEAD_DIM)[None, :],
+    )
 
 
 @triton.jit
@@ -480,38 +493,40 @@ def _cluster_selection_kernel(
     BUDGET_CAPACITY: tl.constexpr,
     MAX_CLUSTER_SIZE: tl.constexpr,
     BLOCK_GROUP: tl.constexpr,
-    BLOCK_D: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_MERGED: tl.constexpr,
     BLOCK_SELECTED: tl.constexpr,
     FEW_SEGMENTS: tl.constexpr,
     MANY_SEGMENTS: tl.constexpr,
     STREAMS: tl.constexpr,
+    MERGE_APART: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """The first num_rows * NUM_KV_HEADS programs select, the others merge one query head each."""
+    """The first num_rows * NUM_KV_HEADS programs select; they or as many more merge."""
     if OVERLAP:
         gdc_wait()
         gdc_launch_dependents()
     pid = tl.program_id(0)
     num_row_heads = num_rows * NUM_KV_HEADS
-    if pid >= num_row_heads:
-        row = (pid - num_row_heads) // (NUM_KV_HEADS * GROUP)
-        _merge_parts(
-            row.to(tl.int64),
-            (pid - num_row_heads) % (NUM_KV_HEADS * GROUP),
-            tl.load(chunk_indptr_ptr + row),
-            tl.load(chunk_indptr_ptr + row + 1),
+    if pid >= num_row_heads or not MERGE_APART:
+        _merge_row_head(
+            pid % num_row_heads,
+            chunk_indptr_ptr,
             part_max_ptr,
             part_sum_ptr,
             part_acc_ptr,
             merged_max_ptr,
             merged_sum_ptr,
             merged_acc_ptr,
-            NUM_KV_HEADS * GROUP,
+            NUM_KV_HEADS,
+            GROUP,
             HEAD_DIM,
+            BLOCK_GROUP,
             BLOCK_D,
-            BLOCK_PARTS,
+            BLOCK_MERGED,
         )
+    if pid >= num_row_heads:
         return
 
     row = pid // NUM_KV_HEADS
@@ -627,7 +642,11 @@ def cluster_selection(
     config = workspace.config
     num_row_heads = num_rows * workspace.num_kv_heads
     many_segments = workspace.max_select_segments
-    _cluster_selection_kernel[(num_row_heads * (1 + workspace.gqa_group_size),)](
+    block_group = triton.next_power_of_2(workspace.gqa_group_size)
+    block_d = triton.next_power_of_2(workspace.head_dim)
+    # a second set of blocks merges, as long as it finds multiprocessors that select nothing
+    merge_apart = 2 * num_row_heads <= config.num_sms
+    _cluster_selection_kernel[(num_row_heads * (1 + merge_apart),)](
         item_indptr_ptr=plan.item_indptr,
         item_place_ptr=plan.item_place,
         token_budget_ptr=plan.token_budget,
@@ -660,13 +679,15 @@ def cluster_selection(
         SLOT_CAPACITY=workspace.selected_capacity,
         BUDGET_CAPACITY=workspace.budget_capacity,
         MAX_CLUSTER_SIZE=triton.next_power_of_2(workspace.max_cluster_size),
-        BLOCK_GROUP=triton.next_power_of_2(workspace.gqa_group_size),
-        BLOCK_D=triton.next_power_of_2(workspace.head_dim),
-        BLOCK_PARTS=32,
-        BLOCK_SELECTED=64,
+        BLOCK_GROUP=block_group,
+        BLOCK_PARTS=64,
+        BLOCK_D=block_d,
+        BLOCK_MERGED=max(1, MERGE_ELEMENTS // (block_group * block_d)),
+        BLOCK_SELECTED=128,
         FEW_SEGMENTS=min(config.select_segments[0], many_segments),
         MANY_SEGMENTS=many_segments,
         STREAMS=workspace.max_items_per_row > many_segments,
+        MERGE_APART=merge_apart,
         OVERLAP=config.overlap_launches,
         num_warps=config.select_num_warps,
         launch_pdl=config.overlap_launches,

@@ -11,6 +11,9 @@ import torch
 
 from multipole_kernels.launch_config import LaunchConfig, launch_config
 
+# blocks of a (row, KV head) that take selected clusters' centroids out of the coarse state
+OUT_SPLITS = 4
+
 
 @dataclasses.dataclass
 class PoolLayer:
@@ -88,7 +91,7 @@ class DecodeWorkspace:
         max_chunks = self.num_chunks(max_rows)
         # a row's chunks are rounded up: one more of either kind per row
         self.target_exact_blocks = config.num_sms * config.exact_blocks_per_sm
-        max_exact_blocks = self.target_exact_blocks + max_rows * num_kv_heads
+        max_exact_blocks = self.target_exact_blocks + max_rows * num_kv_heads * (1 + OUT_SPLITS)
         heads = (num_kv_heads, gqa_group_size)
 
         def new(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -140,7 +143,7 @@ class DecodeWorkspace:
 
     def num_exact_splits(self, num_rows: int) -> int:
         """Blocks over which one (row, head)'s selected tokens are spread."""
-        by_card = -(-self.target_exact_blocks // (num_rows * self.num_kv_heads))
+        by_card = self.target_exact_blocks // (num_rows * self.num_kv_heads)
         by_tokens = -(-self.selected_capacity // self.config.exact_block_tokens)
         return max(1, min(by_card, by_tokens))
 

@@ -11,6 +11,9 @@ import functools
 
 import torch
 
+# elements of parts that a block merges at a time: 32 registers a thread with 4 warps
+MERGE_ELEMENTS = 4096
+
 
 @dataclasses.dataclass(frozen=True)
 class LaunchConfig:
@@ -21,15 +24,15 @@ class LaunchConfig:
     coarse_block_tokens: int = 64
     coarse_num_warps: int = 4
     coarse_num_stages: int = 3
-    coarse_blocks_per_sm: int = 4
+    coarse_blocks_per_sm: int = 8
     # selection: (segments held in registers, warps) for a short and a long row
-    select_segments: tuple[int, int] = (16, 128)
-    select_num_warps: int = 16
+    select_segments: tuple[int, int] = (32, 128)
+    select_num_warps: int = 8
     # exact attention to the selected tokens
-    exact_block_tokens: int = 64
+    exact_block_tokens: int = 32
     exact_num_warps: int = 4
     exact_num_stages: int = 3
-    exact_blocks_per_sm: int = 2
+    exact_blocks_per_sm: int = 4
     # programmatic dependent launch: a kernel's blocks are placed before its predecessor ends
     overlap_launches: bool = False
 
