@@ -34,17 +34,12 @@ from tests.decode_case import make_case, reference_inputs, selected_flags
 CENTROIDS = {"bf16": None, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
 CANDIDATES = {
     "coarse": {
-        "coarse_num_warps": (4,),
-        "coarse_num_stages": (3, 5),
-        "coarse_blocks_per_sm": (3, 6, 8, 12, 16),
+        "coarse_max_registers": (None, 128),
+        "coarse_num_stages": (3, 4),
+        "coarse_blocks_per_wave": (3, 4),
     },
-    "select": {"select_num_warps": (4, 8, 16)},
-    "exact": {
-        "exact_num_warps": (4,),
-        "exact_num_stages": (3, 4),
-        "exact_blocks_per_sm": (2, 3, 4, 8),
-        "exact_block_tokens": (32, 64),
-    },
+    "select": {"select_num_warps": ((4, 4), (8, 8), (16, 16))},
+    "exact": {"exact_max_registers": (None, 128), "exact_blocks_per_sm": (2, 3, 4, 6)},
 }
 
 

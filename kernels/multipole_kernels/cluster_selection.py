@@ -23,13 +23,13 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from multipole_kernels.attention_state import finite_or_zero, merge_parts
 from multipole_kernels.decode_buffers import DecodePlan, DecodeWorkspace, PoolLayer
-from multipole_kernels.launch_config import MERGE_ELEMENTS
 
+# the interpreter calls a combine function once an element
+_INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 # a sum of sizes in the low bits, a count of clusters (modulo 2048) in the high ones
 _SIZE_BITS = tl.constexpr(21)
 _ONE_CLUSTER = tl.constexpr(1 << 21)
-# trial values of one pass over the keys, and their distance in the first: two octaves
-_TRIALS = tl.constexpr(4)
+# distance of the trial values in the first pass over the keys: two octaves
 _FIRST_STEP = tl.constexpr(2 << 23)
 # no cluster is larger than a segment; a count that wraps to 0 or 1 has more tokens than this
 _LARGEST_CLUSTER = tl.constexpr(1024)
@@ -124,6 +124,20 @@ def _rank_keys(
 def _weighed_above(key, sizes, bound):
     """The packed sum of (1 cluster, its size) over the clusters with key > bound."""
     return tl.sum(tl.where((key > bound) & (sizes > 0), sizes + _ONE_CLUSTER, 0), 0)
+
+
+@triton.jit
+def _add_three(a_1, a_2, a_3, b_1, b_2, b_3):
+    return a_1 + b_1, a_2 + b_2, a_3 + b_3
+
+
+@triton.jit
+def _sum_three(x_1, x_2, x_3):
+    """Three sums for the latency of one."""
+    if _INTERPRETED:
+        return tl.sum(x_1, 0), tl.sum(x_2, 0), tl.sum(x_3, 0)
+    else:
+        return tl.reduce((x_1, x_2, x_3), 0, _add_three)
 
 
 @triton.jit
@@ -268,23 +282,36 @@ def _select_resident(
     if num_clustered_tokens <= budget:
         high = low
         weighed_high = weighed_low
-    offs_trial = tl.arange(0, _TRIALS)
     # first look at the octaves just below the best, where the threshold almost always is
-    step = tl.maximum(tl.minimum(_FIRST_STEP, (high - low) // (_TRIALS + 1)), 1)
+    step = tl.maximum(tl.minimum(_FIRST_STEP, (high - low) // 4), 1)
     while _still_open(low, high, weighed_low, weighed_high):
-        # [_TRIALS] falling from high; what passes low changes nothing
-        trial = tl.maximum(high - (offs_trial + 1) * step, low)
-        above = tl.sum(tl.where(key[None, :] > trial[:, None], weighed[None, :], 0), 1)
-        fits = _tokens(above) <= budget
-        # trials that fit come first: the last of them is the new high, the next the new low
-        num_fit = tl.sum(fits.to(tl.int32), 0)
-        if num_fit > 0:
-            weighed_high = tl.sum(tl.where(offs_trial == num_fit - 1, above, 0), 0)
-        if num_fit < _TRIALS:
-            weighed_low = tl.sum(tl.where(offs_trial == num_fit, above, 0), 0)
-            low = tl.maximum(high - (num_fit + 1) * step, low)
-        high -= num_fit * step
-        step = tl.maximum((high - low) // (_TRIALS + 1), 1)
+        # three trials falling from high; what passes low changes nothing
+        trial_1 = tl.maximum(high - step, low)
+        trial_2 = tl.maximum(high - 2 * step, low)
+        trial_3 = tl.maximum(high - 3 * step, low)
+        above_1, above_2, above_3 = _sum_three(
+            tl.where(key > trial_1, weighed, 0),
+            tl.where(key > trial_2, weighed, 0),
+            tl.where(key > trial_3, weighed, 0),
+        )
+        # what fits the budget comes first: its last is the new high, the next is the new low
+        if _tokens(above_1) > budget:
+            low = trial_1
+            weighed_low = above_1
+        elif _tokens(above_2) > budget:
+            high = trial_1
+            weighed_high = above_1
+            low = trial_2
+            weighed_low = above_2
+        elif _tokens(above_3) > budget:
+            high = trial_2
+            weighed_high = above_2
+            low = trial_3
+            weighed_low = above_3
+        else:
+            high = trial_3
+            weighed_high = above_3
+        step = tl.maximum((high - low) // 4, 1)
     # only where low and high are neighbours can clusters tie at high
     remaining = tl.where(high - low == 1, budget - _tokens(weighed_high), 0)
     best = tl.full([], -1, tl.int32)
@@ -424,7 +451,7 @@ def _merge_row_head(
     HEAD_DIM: tl.constexpr,
     BLOCK_GROUP: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_PARTS: tl.constexpr,
+    PARTS_AT_ONCE: tl.constexpr,
 ):
     """Merge the coarse parts of one (row, KV head) into one state."""
     row = row_head // NUM_KV_HEADS
@@ -443,7 +470,7 @@ def _merge_row_head(
         HEAD_DIM,
         BLOCK_GROUP,
         BLOCK_D,
-        BLOCK_PARTS,
+        PARTS_AT_ONCE,
     )
     offs_group = tl.arange(0, BLOCK_GROUP)
     offs_dim = tl.arange(0, BLOCK_D)
@@ -477,25 +504,25 @@ def _cluster_selection_kernel(
     merged_sum_ptr,
     merged_acc_ptr,  # [num_rows, NUM_KV_HEADS, GROUP, HEAD_DIM] fp32
     cluster_keys_ptr,  # [max_items, NUM_KV_HEADS, CLUSTERS] int64, scratch of long rows
-    selected_clusters_ptr,  # [num_rows, NUM_KV_HEADS, CLUSTER_CAPACITY]
-    selected_slots_ptr,  # [num_rows, NUM_KV_HEADS, SLOT_CAPACITY]
+    selected_clusters_ptr,  # [num_rows, NUM_KV_HEADS, cluster_capacity]
+    selected_slots_ptr,  # [num_rows, NUM_KV_HEADS, slot_capacity]
     num_selected_clusters_ptr,  # [num_rows, NUM_KV_HEADS]
     num_selected_tokens_ptr,
     num_clustered_tokens_ptr,
     num_rows,
+    cluster_capacity,
+    slot_capacity,
+    budget_capacity,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     CLUSTERS: tl.constexpr,
     SEGMENT_SIZE: tl.constexpr,
-    CLUSTER_CAPACITY: tl.constexpr,
-    SLOT_CAPACITY: tl.constexpr,
-    BUDGET_CAPACITY: tl.constexpr,
     MAX_CLUSTER_SIZE: tl.constexpr,
     BLOCK_GROUP: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_MERGED: tl.constexpr,
+    PARTS_AT_ONCE: tl.constexpr,
     BLOCK_SELECTED: tl.constexpr,
     FEW_SEGMENTS: tl.constexpr,
     MANY_SEGMENTS: tl.constexpr,
@@ -524,7 +551,7 @@ def _cluster_selection_kernel(
             HEAD_DIM,
             BLOCK_GROUP,
             BLOCK_D,
-            BLOCK_MERGED,
+            PARTS_AT_ONCE,
         )
     if pid >= num_row_heads:
         return
@@ -533,7 +560,7 @@ def _cluster_selection_kernel(
     head = pid % NUM_KV_HEADS
     item_begin = tl.load(item_indptr_ptr + row)
     num_segments = tl.load(item_indptr_ptr + row + 1) - item_begin
-    budget = tl.minimum(tl.load(token_budget_ptr + row), BUDGET_CAPACITY)
+    budget = tl.minimum(tl.load(token_budget_ptr + row), budget_capacity)
     if num_segments == 0:
         tl.store(num_selected_clusters_ptr + pid, 0)
         tl.store(num_selected_tokens_ptr + pid, 0)
@@ -551,7 +578,7 @@ def _cluster_selection_kernel(
         BLOCK_GROUP,
         BLOCK_PARTS,
     )
-    clusters_ptr = selected_clusters_ptr + pid.to(tl.int64) * CLUSTER_CAPACITY
+    clusters_ptr = selected_clusters_ptr + pid.to(tl.int64) * cluster_capacity
     if num_segments <= FEW_SEGMENTS:
         num_clusters, num_clustered_tokens = _select_resident(
             item_begin,
@@ -615,7 +642,7 @@ def _cluster_selection_kernel(
         item_begin,
         head,
         clusters_ptr,
-        selected_slots_ptr + pid.to(tl.int64) * SLOT_CAPACITY,
+        selected_slots_ptr + pid.to(tl.int64) * slot_capacity,
         item_place_ptr,
         cluster_sizes_ptr,
         member_begin_ptr,
@@ -675,20 +702,20 @@ def cluster_selection(
         HEAD_DIM=workspace.head_dim,
         CLUSTERS=workspace.clusters_per_segment,
         SEGMENT_SIZE=pool_layer.segment_slots.shape[1],
-        CLUSTER_CAPACITY=workspace.selected_clusters.shape[2],
-        SLOT_CAPACITY=workspace.selected_capacity,
-        BUDGET_CAPACITY=workspace.budget_capacity,
+        cluster_capacity=workspace.selected_clusters.shape[2],
+        slot_capacity=workspace.selected_capacity,
+        budget_capacity=workspace.budget_capacity,
         MAX_CLUSTER_SIZE=triton.next_power_of_2(workspace.max_cluster_size),
         BLOCK_GROUP=block_group,
         BLOCK_PARTS=64,
         BLOCK_D=block_d,
-        BLOCK_MERGED=max(1, MERGE_ELEMENTS // (block_group * block_d)),
+        PARTS_AT_ONCE=config.merge_parts_at_once,
         BLOCK_SELECTED=128,
         FEW_SEGMENTS=min(config.select_segments[0], many_segments),
         MANY_SEGMENTS=many_segments,
         STREAMS=workspace.max_items_per_row > many_segments,
         MERGE_APART=merge_apart,
         OVERLAP=config.overlap_launches,
-        num_warps=config.select_num_warps,
+        num_warps=config.select_num_warps[many_segments > config.select_segments[0]],
         launch_pdl=config.overlap_launches,
     )

@@ -26,8 +26,8 @@ from multipole_kernels.attention_state import (
     attend_slots,
     dot,
     finite_or_zero,
-    raised_max,
     tail_above_score,
+    tail_bound,
 )
 from multipole_kernels.decode_buffers import DecodePlan, DecodeWorkspace, PoolLayer
 
@@ -58,6 +58,7 @@ def _coarse_attention_kernel(
     num_rows,
     sm_scale,
     max_logit_variance,
+    tail_bound,
     stride_q_row,
     stride_slot,
     NUM_KV_HEADS: tl.constexpr,
@@ -78,11 +79,14 @@ def _coarse_attention_kernel(
         gdc_launch_dependents()
     chunk = tl.program_id(0) // NUM_KV_HEADS
     head = tl.program_id(0) % NUM_KV_HEADS
-    if chunk >= tl.load(chunk_indptr_ptr + num_rows):
-        return
+    # all at once: what lies behind the last chunk is read, not used
+    num_chunks = tl.load(chunk_indptr_ptr + num_rows)
     row = tl.load(chunk_row_ptr + chunk).to(tl.int64)
     begin = tl.load(chunk_begin_ptr + chunk)
     end = tl.load(chunk_end_ptr + chunk)
+    is_exact = tl.load(chunk_is_exact_ptr + chunk)
+    if chunk >= num_chunks:
+        return
 
     offs_group = tl.arange(0, BLOCK_GROUP)
     mask_group = offs_group < GROUP
@@ -94,7 +98,7 @@ def _coarse_attention_kernel(
     part_acc_ptr += part * HEAD_DIM
     scale_log2 = sm_scale * LOG2_E
 
-    if tl.load(chunk_is_exact_ptr + chunk) != 0:
+    if is_exact != 0:
         q_heads = _load_heads(q_ptr, 0, 1, GROUP, HEAD_DIM, BLOCK_GROUP, BLOCK_D)
         token_acc = tl.zeros([BLOCK_GROUP, BLOCK_D], tl.float32)
         max_log2, weight_sum, token_acc = attend_slots(
@@ -124,6 +128,8 @@ def _coarse_attention_kernel(
         offs_cluster = tl.arange(0, CLUSTERS)
         q = _load_heads(q_ptr, 0, PER_WORD, GROUP, WORDS, BLOCK_GROUP, BLOCK_WORDS)
         acc = tl.zeros([BLOCK_GROUP, BLOCK_WORDS], tl.float32)
+        # summed over the clusters' places in the end, not in every item
+        weight_sums = tl.zeros([BLOCK_GROUP, CLUSTERS], tl.float32)
         # [BLOCK_GROUP] variance of the logits per unit of key variance
         q_square = tl.sum(q.to(tl.float32) * q.to(tl.float32), 1) * sm_scale * sm_scale
         if EIGHT_BITS:
@@ -180,13 +186,13 @@ def _coarse_attention_kernel(
             )
 
             above_score = tail_above_score(q_square, variance, sizes, max_logit_variance)
-            new_max = raised_max(max_log2, scores + above_score)
+            new_max = tl.maximum(max_log2, tl.ceil(shift + tail_bound))
             tail_shift = finite_or_zero(new_max)
             # from the rounded weight: what is taken out later is what is put in here
             weight = cluster_weight.to(tl.float32)
             weight *= tl.exp2(above_score + (shift - tail_shift)[:, None])
             rescale = tl.exp2(max_log2 - tail_shift)
-            weight_sum = weight_sum * rescale + tl.sum(weight, 1)
+            weight_sums = weight_sums * rescale[:, None] + weight
             max_log2 = new_max
             if EIGHT_BITS:
                 # relative to the largest scale, so that weights keep float16's precision
@@ -202,6 +208,7 @@ def _coarse_attention_kernel(
                 acc = acc * rescale[:, None] + dot(weight.to(values.dtype), values)
             sizes = next_sizes
             variance = next_variance
+        weight_sum = tl.sum(weight_sums, 1)
         _store_heads(part_acc_ptr, acc, 0, PER_WORD, GROUP, WORDS, BLOCK_GROUP, BLOCK_WORDS)
         if EIGHT_BITS:
             _store_heads(
@@ -321,6 +328,7 @@ def coarse_attention(
         num_rows=num_rows,
         sm_scale=sm_scale,
         max_logit_variance=max_logit_variance,
+        tail_bound=tail_bound(workspace, max_logit_variance),
         stride_q_row=q.stride(0),
         stride_slot=k_cache.stride(0),
         NUM_KV_HEADS=workspace.num_kv_heads,
@@ -336,5 +344,6 @@ def coarse_attention(
         OVERLAP=config.overlap_launches,
         num_warps=config.coarse_num_warps,
         num_stages=config.coarse_num_stages,
+        maxnreg=config.coarse_max_registers,
         launch_pdl=config.overlap_launches,
     )

@@ -24,11 +24,10 @@ from multipole_kernels.attention_state import (
     dot,
     finite_or_zero,
     merge_parts,
-    raised_max,
     tail_above_score,
+    tail_bound,
 )
-from multipole_kernels.decode_buffers import OUT_SPLITS, DecodePlan, DecodeWorkspace, PoolLayer
-from multipole_kernels.launch_config import MERGE_ELEMENTS
+from multipole_kernels.decode_buffers import DecodePlan, DecodeWorkspace, PoolLayer
 
 
 @triton.jit
@@ -50,6 +49,7 @@ def _take_out_clusters(
     cluster_weight_ptr,
     weight_shift_ptr,
     max_logit_variance,
+    tail_bound,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -77,14 +77,14 @@ def _take_out_clusters(
         # [BLOCK_GROUP, BLOCK_CLUSTERS]
         item_head = (item.to(tl.int64) * NUM_KV_HEADS + head)[None, :] * GROUP + offs_group[:, None]
         mask_weight = mask[None, :] & (offs_group < GROUP)[:, None]
-        shift = tl.load(weight_shift_ptr + item_head, mask=mask_weight, other=0.0)
+        shift = tl.load(weight_shift_ptr + item_head, mask=mask_weight, other=float("-inf"))
         weight = tl.load(
             cluster_weight_ptr + item_head * CLUSTERS + (cluster % CLUSTERS)[None, :],
             mask=mask_weight,
             other=0.0,
         ).to(tl.float32)
         above_score = tail_above_score(q_square, variance, sizes, max_logit_variance)
-        new_max = raised_max(max_log2, tl.log2(weight) + shift + above_score)
+        new_max = tl.maximum(max_log2, tl.ceil(tl.max(shift, 1) + tail_bound))
         new_shift = finite_or_zero(new_max)
         # as coarse attention weighed it
         weight *= tl.exp2(above_score + (shift - new_shift[:, None]))
@@ -123,22 +123,26 @@ def _exact_attention_kernel(
     exact_indptr_ptr,  # [num_rows + 1]
     cluster_weight_ptr,  # [max_items, NUM_KV_HEADS, GROUP, CLUSTERS] fp16
     weight_shift_ptr,
-    selected_clusters_ptr,  # [num_rows, NUM_KV_HEADS, CLUSTER_CAPACITY]
-    selected_slots_ptr,  # [num_rows, NUM_KV_HEADS, SLOT_CAPACITY]
+    selected_clusters_ptr,  # [num_rows, NUM_KV_HEADS, cluster_capacity]
+    selected_slots_ptr,  # [num_rows, NUM_KV_HEADS, slot_capacity]
     num_selected_clusters_ptr,  # [num_rows, NUM_KV_HEADS]
     num_selected_tokens_ptr,
     num_clustered_tokens_ptr,
     coarse_max_ptr,  # [num_rows, NUM_KV_HEADS, GROUP] fp32
     coarse_sum_ptr,
     coarse_acc_ptr,  # [num_rows, NUM_KV_HEADS, GROUP, HEAD_DIM] fp32
-    part_max_ptr,  # [num_rows, NUM_KV_HEADS, num_splits + OUT_SPLITS, GROUP] fp32
+    part_max_ptr,  # [num_rows, NUM_KV_HEADS, num_splits + num_out_splits, GROUP] fp32
     part_sum_ptr,
-    part_acc_ptr,  # [num_rows, NUM_KV_HEADS, num_splits + OUT_SPLITS, GROUP, HEAD_DIM]
+    part_acc_ptr,  # [num_rows, NUM_KV_HEADS, num_splits + num_out_splits, GROUP, HEAD_DIM]
     num_arrived_ptr,  # [num_rows, NUM_KV_HEADS], 0 between launches
     counters_ptr,  # [num_rows, 4] int64
     num_splits,
+    num_out_splits,
+    cluster_capacity,
+    slot_capacity,
     sm_scale,
     max_logit_variance,
+    tail_bound,
     stride_q_row,
     stride_out_row,
     stride_slot,
@@ -146,16 +150,13 @@ def _exact_attention_kernel(
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     CLUSTERS: tl.constexpr,
-    CLUSTER_CAPACITY: tl.constexpr,
-    SLOT_CAPACITY: tl.constexpr,
     BLOCK_GROUP: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_CLUSTERS: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     MERGE_GROUP: tl.constexpr,
-    BLOCK_PARTS: tl.constexpr,
-    OUT_SPLITS: tl.constexpr,
+    PARTS_AT_ONCE: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     COUNT: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -164,7 +165,7 @@ def _exact_attention_kernel(
     if OVERLAP:
         gdc_wait()
         gdc_launch_dependents()
-    # the first blocks take tokens, the last OUT_SPLITS take clusters out
+    # the first blocks take tokens, the last num_out_splits take clusters out
     split = tl.program_id(0)
     row = tl.program_id(1) // NUM_KV_HEADS
     head = tl.program_id(1) % NUM_KV_HEADS
@@ -172,7 +173,9 @@ def _exact_attention_kernel(
     num_tokens = tl.load(num_selected_tokens_ptr + row_head)
     num_clusters = tl.load(num_selected_clusters_ptr + row_head)
     tokens_per_split = tl.cdiv(tl.cdiv(num_tokens, BLOCK_TOKENS), num_splits) * BLOCK_TOKENS
-    clusters_per_split = tl.cdiv(tl.cdiv(num_clusters, BLOCK_CLUSTERS), OUT_SPLITS) * BLOCK_CLUSTERS
+    clusters_per_split = (
+        tl.cdiv(tl.cdiv(num_clusters, BLOCK_CLUSTERS), num_out_splits) * BLOCK_CLUSTERS
+    )
     token_parts = tl.cdiv(num_tokens, tl.maximum(tokens_per_split, 1))
     num_parts = token_parts + tl.cdiv(num_clusters, tl.maximum(clusters_per_split, 1))
     out_split = split - num_splits
@@ -190,7 +193,7 @@ def _exact_attention_kernel(
     offs_dim = tl.arange(0, BLOCK_D)
     mask_part = mask_group[:, None] & (offs_dim < HEAD_DIM)[None, :]
     # int64: rows * heads * splits * head_dim
-    first_part = row_head * (num_splits + OUT_SPLITS) * GROUP
+    first_part = row_head * (num_splits + num_out_splits) * GROUP
     if num_parts > 0:
         # [BLOCK_GROUP, BLOCK_D]
         q = tl.load(
@@ -210,7 +213,7 @@ def _exact_attention_kernel(
                 weight_sum,
                 acc,
                 q,
-                selected_slots_ptr + row_head * SLOT_CAPACITY,
+                selected_slots_ptr + row_head * slot_capacity,
                 split * tokens_per_split,
                 tl.minimum((split + 1) * tokens_per_split, num_tokens),
                 k_cache_ptr + head * HEAD_DIM,
@@ -227,7 +230,7 @@ def _exact_attention_kernel(
                 weight_sum,
                 acc,
                 tl.sum(q.to(tl.float32) * q.to(tl.float32), 1) * sm_scale * sm_scale,
-                selected_clusters_ptr + row_head * CLUSTER_CAPACITY,
+                selected_clusters_ptr + row_head * cluster_capacity,
                 out_split * clusters_per_split,
                 tl.minimum((out_split + 1) * clusters_per_split, num_clusters),
                 tl.load(item_indptr_ptr + row),
@@ -240,6 +243,7 @@ def _exact_attention_kernel(
                 cluster_weight_ptr,
                 weight_shift_ptr,
                 max_logit_variance,
+                tail_bound,
                 NUM_KV_HEADS,
                 GROUP,
                 HEAD_DIM,
@@ -288,7 +292,7 @@ def _exact_attention_kernel(
         HEAD_DIM,
         MERGE_GROUP,
         BLOCK_D,
-        BLOCK_PARTS,
+        PARTS_AT_ONCE,
     )
     out = merged_acc / tl.where(merged_sum > 0.0, merged_sum, 1.0)[:, None]
     tl.store(
@@ -337,9 +341,10 @@ def exact_attention(
     num_rows = q.shape[0]
     config = workspace.config
     num_splits = workspace.num_exact_splits(num_rows)
+    num_out_splits = workspace.num_out_splits(num_rows)
     merge_group = triton.next_power_of_2(workspace.gqa_group_size)
     block_d = triton.next_power_of_2(workspace.head_dim)
-    _exact_attention_kernel[(num_splits + OUT_SPLITS, num_rows * workspace.num_kv_heads)](
+    _exact_attention_kernel[(num_splits + num_out_splits, num_rows * workspace.num_kv_heads)](
         q_ptr=q,
         k_cache_ptr=k_cache,
         v_cache_ptr=v_cache,
@@ -367,8 +372,10 @@ def exact_attention(
         num_arrived_ptr=workspace.num_arrived,
         counters_ptr=counters,
         num_splits=num_splits,
+        num_out_splits=num_out_splits,
         sm_scale=sm_scale,
         max_logit_variance=max_logit_variance,
+        tail_bound=tail_bound(workspace, max_logit_variance),
         stride_q_row=q.stride(0),
         stride_out_row=out.stride(0),
         stride_slot=k_cache.stride(0),
@@ -376,20 +383,20 @@ def exact_attention(
         GROUP=workspace.gqa_group_size,
         HEAD_DIM=workspace.head_dim,
         CLUSTERS=workspace.clusters_per_segment,
-        CLUSTER_CAPACITY=workspace.selected_clusters.shape[2],
-        SLOT_CAPACITY=workspace.selected_capacity,
+        cluster_capacity=workspace.selected_clusters.shape[2],
+        slot_capacity=workspace.selected_capacity,
         BLOCK_GROUP=16,  # tl.dot needs 16 rows
         BLOCK_D=block_d,
         BLOCK_TOKENS=config.exact_block_tokens,
         BLOCK_CLUSTERS=32,
         BLOCK_HEADS=triton.next_power_of_2(workspace.num_kv_heads),
         MERGE_GROUP=merge_group,
-        BLOCK_PARTS=max(1, MERGE_ELEMENTS // (merge_group * block_d)),
-        OUT_SPLITS=OUT_SPLITS,
+        PARTS_AT_ONCE=config.merge_parts_at_once,
         HAS_SCALE=pool_layer.key_scale is not None,
         COUNT=counters is not None,
         OVERLAP=config.overlap_launches,
         num_warps=config.exact_num_warps,
         num_stages=config.exact_num_stages,
+        maxnreg=config.exact_max_registers,
         launch_pdl=config.overlap_launches,
     )
