@@ -72,3 +72,10 @@ def copy_bandwidth() -> float:
     target = torch.empty_like(source)
     seconds = time_graph([lambda: target.copy_(source)], replays=10, repeats=2).p50_us * 1e-6
     return 2 * source.nbytes / seconds
+
+
+def read_bandwidth() -> float:
+    """Bytes per second of a sum over a large tensor: nothing is written."""
+    source = torch.ones(1 << 29, dtype=torch.float32, device="cuda")
+    seconds = time_graph([lambda: source.sum()], replays=10, repeats=2).p50_us * 1e-6
+    return source.nbytes / seconds

@@ -9,8 +9,12 @@ dtype. (-inf, 0, 0) has attended to nothing.
 
 from __future__ import annotations
 
+import math
+
 import triton
 import triton.language as tl
+
+from multipole_kernels.decode_buffers import DecodeWorkspace
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 # the interpreter multiplies bfloat16 matrices as the integers it keeps them in
@@ -39,14 +43,61 @@ def raised_max(max_log2, logits_log2):
 
 
 @triton.jit
-def merge_states(max_a, sum_a, acc_a, max_b, sum_b, acc_b):
-    """The state of two disjoint parts: [M], [M], [M, D] each."""
-    new_max = tl.maximum(max_a, max_b)
-    shift = finite_or_zero(new_max)
-    scale_a = tl.exp2(max_a - shift)
-    scale_b = tl.exp2(max_b - shift)
-    acc = acc_a * scale_a[:, None] + acc_b * scale_b[:, None]
-    return new_max, sum_a * scale_a + sum_b * scale_b, acc
+def tail_above_score(q_square, variance, sizes, max_logit_variance):
+    """[M, K] what a cluster's base-2 tail logit adds to its score; -inf for an empty cluster.
+
+    q_square [M] is |q * sm_scale|^2; variance and sizes [K] are the clusters'.
+    """
+    logit_variance = tl.minimum(q_square[:, None] * variance[None, :], max_logit_variance)
+    return 0.5 * LOG2_E * logit_variance + tl.log2(sizes.to(tl.float32))[None, :]
+
+
+@triton.jit
+def merge_parts(
+    merged_max,  # [BLOCK_GROUP]
+    merged_sum,
+    acc,  # [BLOCK_GROUP, BLOCK_D]
+    part_max_ptr,  # [parts, GROUP] fp32
+    part_sum_ptr,
+    part_acc_ptr,  # [parts, GROUP, HEAD_DIM] fp32
+    begin,
+    end,
+    stride_part,  # query heads from one part to the next
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_GROUP: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PARTS_AT_ONCE: tl.constexpr,
+):
+    """The state of a KV head's query heads with parts begin to end added, in order.
+
+    The unrolled parts have no reduction across threads, so that their loads are all in flight.
+    """
+    offs_group = tl.arange(0, BLOCK_GROUP)
+    offs_dim = tl.arange(0, BLOCK_D)
+    mask_group = offs_group < GROUP
+    mask_dim = offs_dim < HEAD_DIM
+    for first in range(begin, end, PARTS_AT_ONCE):
+        for nth in tl.static_range(PARTS_AT_ONCE):
+            part = first + nth
+            # int64: parts * heads * head_dim
+            head = part * stride_part + offs_group.to(tl.int64)
+            mask = mask_group & (part < end)
+            part_max = tl.load(part_max_ptr + head, mask=mask, other=float("-inf"))
+            part_sum = tl.load(part_sum_ptr + head, mask=mask, other=0.0)
+            part_acc = tl.load(
+                part_acc_ptr + head[:, None] * HEAD_DIM + offs_dim[None, :],
+                mask=mask[:, None] & mask_dim[None, :],
+                other=0.0,
+            )
+            new_max = tl.maximum(merged_max, part_max)
+            shift = finite_or_zero(new_max)
+            rescale = tl.exp2(merged_max - shift)
+            weight = tl.exp2(part_max - shift)
+            merged_sum = merged_sum * rescale + part_sum * weight
+            acc = acc * rescale[:, None] + part_acc * weight[:, None]
+            merged_max = new_max
+    return merged_max, merged_sum, acc
 
 
 @triton.jit
@@ -98,3 +149,8 @@ def attend_slots(
         logits = tl.where(mask_token[None, :], logits, float("-inf"))
         max_log2, weight_sum, acc = add_to_state(max_log2, weight_sum, acc, logits, values)
     return max_log2, weight_sum, acc
+
+
+def tail_bound(workspace: DecodeWorkspace, max_logit_variance: float) -> float:
+    """The most that tail_above_score gives: a state's maximum needs no second look at the tails."""
+    return 0.5 * max_logit_variance / math.log(2.0) + math.log2(workspace.max_cluster_size)

@@ -11,8 +11,8 @@ tokens of all clusters above a trial value are summed until only one cluster is 
 bounds, or one value (ties). A row with up to `select_segments` segments is held in registers, a
 longer one is read again in every trial.
 
-The same launch merges the coarse parts of every query head, on multiprocessors that the selection
-leaves free. A row without items selects nothing.
+The same launch merges the coarse parts, on multiprocessors that the selection leaves free if there
+are any. A row without items selects nothing.
 """
 
 from __future__ import annotations
@@ -21,12 +21,16 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from multipole_kernels.attention_state import finite_or_zero
+from multipole_kernels.attention_state import finite_or_zero, merge_parts
 from multipole_kernels.decode_buffers import DecodePlan, DecodeWorkspace, PoolLayer
 
+# the interpreter calls a combine function once an element
+_INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 # a sum of sizes in the low bits, a count of clusters (modulo 2048) in the high ones
 _SIZE_BITS = tl.constexpr(21)
 _ONE_CLUSTER = tl.constexpr(1 << 21)
+# distance of the trial values in the first pass over the keys: two octaves
+_FIRST_STEP = tl.constexpr(2 << 23)
 # no cluster is larger than a segment; a count that wraps to 0 or 1 has more tokens than this
 _LARGEST_CLUSTER = tl.constexpr(1024)
 
@@ -120,6 +124,20 @@ def _rank_keys(
 def _weighed_above(key, sizes, bound):
     """The packed sum of (1 cluster, its size) over the clusters with key > bound."""
     return tl.sum(tl.where((key > bound) & (sizes > 0), sizes + _ONE_CLUSTER, 0), 0)
+
+
+@triton.jit
+def _add_three(a_1, a_2, a_3, b_1, b_2, b_3):
+    return a_1 + b_1, a_2 + b_2, a_3 + b_3
+
+
+@triton.jit
+def _sum_three(x_1, x_2, x_3):
+    """Three sums for the latency of one."""
+    if _INTERPRETED:
+        return tl.sum(x_1, 0), tl.sum(x_2, 0), tl.sum(x_3, 0)
+    else:
+        return tl.reduce((x_1, x_2, x_3), 0, _add_three)
 
 
 @triton.jit
@@ -255,23 +273,45 @@ def _select_resident(
         SEGMENTS,
     )
     best_key = tl.max(key, 0)
+    weighed = tl.where(sizes > 0, sizes + _ONE_CLUSTER, 0)
     low = tl.full([], -1, tl.int32)
     high = best_key
-    weighed_low = _weighed_above(key, sizes, -1)
+    weighed_low = tl.sum(weighed, 0)
     weighed_high = tl.zeros([], tl.int32)
     num_clustered_tokens = _tokens(weighed_low)
     if num_clustered_tokens <= budget:
         high = low
         weighed_high = weighed_low
+    # first look at the octaves just below the best, where the threshold almost always is
+    step = tl.maximum(tl.minimum(_FIRST_STEP, (high - low) // 4), 1)
     while _still_open(low, high, weighed_low, weighed_high):
-        middle = low + (high - low) // 2
-        weighed = _weighed_above(key, sizes, middle)
-        if _tokens(weighed) <= budget:
-            high = middle
-            weighed_high = weighed
+        # three trials falling from high; what passes low changes nothing
+        trial_1 = tl.maximum(high - step, low)
+        trial_2 = tl.maximum(high - 2 * step, low)
+        trial_3 = tl.maximum(high - 3 * step, low)
+        above_1, above_2, above_3 = _sum_three(
+            tl.where(key > trial_1, weighed, 0),
+            tl.where(key > trial_2, weighed, 0),
+            tl.where(key > trial_3, weighed, 0),
+        )
+        # what fits the budget comes first: its last is the new high, the next is the new low
+        if _tokens(above_1) > budget:
+            low = trial_1
+            weighed_low = above_1
+        elif _tokens(above_2) > budget:
+            high = trial_1
+            weighed_high = above_1
+            low = trial_2
+            weighed_low = above_2
+        elif _tokens(above_3) > budget:
+            high = trial_2
+            weighed_high = above_2
+            low = trial_3
+            weighed_low = above_3
         else:
-            low = middle
-            weighed_low = weighed
+            high = trial_3
+            weighed_high = above_3
+        step = tl.maximum((high - low) // 4, 1)
     # only where low and high are neighbours can clusters tie at high
     remaining = tl.where(high - low == 1, budget - _tokens(weighed_high), 0)
     best = tl.full([], -1, tl.int32)
@@ -397,52 +437,52 @@ def _load_packed(
 
 
 @triton.jit
-def _merge_parts(
-    row,
-    q_head,
-    part_begin,
-    part_end,
+def _merge_row_head(
+    row_head,
+    chunk_indptr_ptr,
     part_max_ptr,
     part_sum_ptr,
     part_acc_ptr,
     merged_max_ptr,
     merged_sum_ptr,
     merged_acc_ptr,
-    NUM_Q_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    BLOCK_GROUP: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_PARTS: tl.constexpr,
+    PARTS_AT_ONCE: tl.constexpr,
 ):
-    """Merge a row's coarse parts of one query head into one state."""
+    """Merge the coarse parts of one (row, KV head) into one state."""
+    row = row_head // NUM_KV_HEADS
+    part = (row_head % NUM_KV_HEADS) * GROUP
+    merged_max, merged_sum, acc = merge_parts(
+        tl.full([BLOCK_GROUP], float("-inf"), tl.float32),
+        tl.zeros([BLOCK_GROUP], tl.float32),
+        tl.zeros([BLOCK_GROUP, BLOCK_D], tl.float32),
+        part_max_ptr + part,
+        part_sum_ptr + part,
+        part_acc_ptr + part * HEAD_DIM,
+        tl.load(chunk_indptr_ptr + row),
+        tl.load(chunk_indptr_ptr + row + 1),
+        NUM_KV_HEADS * GROUP,
+        GROUP,
+        HEAD_DIM,
+        BLOCK_GROUP,
+        BLOCK_D,
+        PARTS_AT_ONCE,
+    )
+    offs_group = tl.arange(0, BLOCK_GROUP)
     offs_dim = tl.arange(0, BLOCK_D)
-    mask_dim = offs_dim < HEAD_DIM
-    offs_part = tl.arange(0, BLOCK_PARTS)
-    merged_max = tl.full([], float("-inf"), tl.float32)
-    merged_sum = tl.zeros([], tl.float32)
-    acc = tl.zeros([BLOCK_D], tl.float32)
-    for first in range(part_begin, part_end, BLOCK_PARTS):
-        part = first + offs_part
-        mask = part < part_end
-        offsets = part.to(tl.int64) * NUM_Q_HEADS + q_head
-        part_max = tl.load(part_max_ptr + offsets, mask=mask, other=float("-inf"))
-        part_sum = tl.load(part_sum_ptr + offsets, mask=mask, other=0.0)
-        # [BLOCK_PARTS, BLOCK_D]
-        part_acc = tl.load(
-            part_acc_ptr + offsets[:, None] * HEAD_DIM + offs_dim[None, :],
-            mask=mask[:, None] & mask_dim[None, :],
-            other=0.0,
-        )
-        new_max = tl.maximum(merged_max, tl.max(part_max, 0))
-        shift = finite_or_zero(new_max)
-        rescale = tl.exp2(merged_max - shift)
-        weight = tl.exp2(part_max - shift)
-        merged_sum = merged_sum * rescale + tl.sum(part_sum * weight, 0)
-        acc = acc * rescale + tl.sum(part_acc * weight[:, None], 0)
-        merged_max = new_max
-    offset = row * NUM_Q_HEADS + q_head
-    tl.store(merged_max_ptr + offset, merged_max)
-    tl.store(merged_sum_ptr + offset, merged_sum)
-    tl.store(merged_acc_ptr + offset * HEAD_DIM + offs_dim, acc, mask=mask_dim)
+    mask_group = offs_group < GROUP
+    offs_head = row_head.to(tl.int64) * GROUP + offs_group
+    tl.store(merged_max_ptr + offs_head, merged_max, mask=mask_group)
+    tl.store(merged_sum_ptr + offs_head, merged_sum, mask=mask_group)
+    tl.store(
+        merged_acc_ptr + offs_head[:, None] * HEAD_DIM + offs_dim[None, :],
+        acc,
+        mask=mask_group[:, None] & (offs_dim < HEAD_DIM)[None, :],
+    )
 
 
 @triton.jit
@@ -464,61 +504,63 @@ def _cluster_selection_kernel(
     merged_sum_ptr,
     merged_acc_ptr,  # [num_rows, NUM_KV_HEADS, GROUP, HEAD_DIM] fp32
     cluster_keys_ptr,  # [max_items, NUM_KV_HEADS, CLUSTERS] int64, scratch of long rows
-    selected_clusters_ptr,  # [num_rows, NUM_KV_HEADS, CLUSTER_CAPACITY]
-    selected_slots_ptr,  # [num_rows, NUM_KV_HEADS, SLOT_CAPACITY]
+    selected_clusters_ptr,  # [num_rows, NUM_KV_HEADS, cluster_capacity]
+    selected_slots_ptr,  # [num_rows, NUM_KV_HEADS, slot_capacity]
     num_selected_clusters_ptr,  # [num_rows, NUM_KV_HEADS]
     num_selected_tokens_ptr,
     num_clustered_tokens_ptr,
     num_rows,
+    cluster_capacity,
+    slot_capacity,
+    budget_capacity,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     CLUSTERS: tl.constexpr,
     SEGMENT_SIZE: tl.constexpr,
-    CLUSTER_CAPACITY: tl.constexpr,
-    SLOT_CAPACITY: tl.constexpr,
-    BUDGET_CAPACITY: tl.constexpr,
     MAX_CLUSTER_SIZE: tl.constexpr,
     BLOCK_GROUP: tl.constexpr,
-    BLOCK_D: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PARTS_AT_ONCE: tl.constexpr,
     BLOCK_SELECTED: tl.constexpr,
     FEW_SEGMENTS: tl.constexpr,
     MANY_SEGMENTS: tl.constexpr,
     STREAMS: tl.constexpr,
+    MERGE_APART: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """The first num_rows * NUM_KV_HEADS programs select, the others merge one query head each."""
+    """The first num_rows * NUM_KV_HEADS programs select; they or as many more merge."""
     if OVERLAP:
         gdc_wait()
         gdc_launch_dependents()
     pid = tl.program_id(0)
     num_row_heads = num_rows * NUM_KV_HEADS
-    if pid >= num_row_heads:
-        row = (pid - num_row_heads) // (NUM_KV_HEADS * GROUP)
-        _merge_parts(
-            row.to(tl.int64),
-            (pid - num_row_heads) % (NUM_KV_HEADS * GROUP),
-            tl.load(chunk_indptr_ptr + row),
-            tl.load(chunk_indptr_ptr + row + 1),
+    if pid >= num_row_heads or not MERGE_APART:
+        _merge_row_head(
+            pid % num_row_heads,
+            chunk_indptr_ptr,
             part_max_ptr,
             part_sum_ptr,
             part_acc_ptr,
             merged_max_ptr,
             merged_sum_ptr,
             merged_acc_ptr,
-            NUM_KV_HEADS * GROUP,
+            NUM_KV_HEADS,
+            GROUP,
             HEAD_DIM,
+            BLOCK_GROUP,
             BLOCK_D,
-            BLOCK_PARTS,
+            PARTS_AT_ONCE,
         )
+    if pid >= num_row_heads:
         return
 
     row = pid // NUM_KV_HEADS
     head = pid % NUM_KV_HEADS
     item_begin = tl.load(item_indptr_ptr + row)
     num_segments = tl.load(item_indptr_ptr + row + 1) - item_begin
-    budget = tl.minimum(tl.load(token_budget_ptr + row), BUDGET_CAPACITY)
+    budget = tl.minimum(tl.load(token_budget_ptr + row), budget_capacity)
     if num_segments == 0:
         tl.store(num_selected_clusters_ptr + pid, 0)
         tl.store(num_selected_tokens_ptr + pid, 0)
@@ -536,7 +578,7 @@ def _cluster_selection_kernel(
         BLOCK_GROUP,
         BLOCK_PARTS,
     )
-    clusters_ptr = selected_clusters_ptr + pid.to(tl.int64) * CLUSTER_CAPACITY
+    clusters_ptr = selected_clusters_ptr + pid.to(tl.int64) * cluster_capacity
     if num_segments <= FEW_SEGMENTS:
         num_clusters, num_clustered_tokens = _select_resident(
             item_begin,
@@ -600,7 +642,7 @@ def _cluster_selection_kernel(
         item_begin,
         head,
         clusters_ptr,
-        selected_slots_ptr + pid.to(tl.int64) * SLOT_CAPACITY,
+        selected_slots_ptr + pid.to(tl.int64) * slot_capacity,
         item_place_ptr,
         cluster_sizes_ptr,
         member_begin_ptr,
@@ -627,7 +669,11 @@ def cluster_selection(
     config = workspace.config
     num_row_heads = num_rows * workspace.num_kv_heads
     many_segments = workspace.max_select_segments
-    _cluster_selection_kernel[(num_row_heads * (1 + workspace.gqa_group_size),)](
+    block_group = triton.next_power_of_2(workspace.gqa_group_size)
+    block_d = triton.next_power_of_2(workspace.head_dim)
+    # a second set of blocks merges, as long as it finds multiprocessors that select nothing
+    merge_apart = 2 * num_row_heads <= config.num_sms
+    _cluster_selection_kernel[(num_row_heads * (1 + merge_apart),)](
         item_indptr_ptr=plan.item_indptr,
         item_place_ptr=plan.item_place,
         token_budget_ptr=plan.token_budget,
@@ -656,18 +702,20 @@ def cluster_selection(
         HEAD_DIM=workspace.head_dim,
         CLUSTERS=workspace.clusters_per_segment,
         SEGMENT_SIZE=pool_layer.segment_slots.shape[1],
-        CLUSTER_CAPACITY=workspace.selected_clusters.shape[2],
-        SLOT_CAPACITY=workspace.selected_capacity,
-        BUDGET_CAPACITY=workspace.budget_capacity,
+        cluster_capacity=workspace.selected_clusters.shape[2],
+        slot_capacity=workspace.selected_capacity,
+        budget_capacity=workspace.budget_capacity,
         MAX_CLUSTER_SIZE=triton.next_power_of_2(workspace.max_cluster_size),
-        BLOCK_GROUP=triton.next_power_of_2(workspace.gqa_group_size),
-        BLOCK_D=triton.next_power_of_2(workspace.head_dim),
-        BLOCK_PARTS=32,
-        BLOCK_SELECTED=64,
+        BLOCK_GROUP=block_group,
+        BLOCK_PARTS=64,
+        BLOCK_D=block_d,
+        PARTS_AT_ONCE=config.merge_parts_at_once,
+        BLOCK_SELECTED=128,
         FEW_SEGMENTS=min(config.select_segments[0], many_segments),
         MANY_SEGMENTS=many_segments,
         STREAMS=workspace.max_items_per_row > many_segments,
+        MERGE_APART=merge_apart,
         OVERLAP=config.overlap_launches,
-        num_warps=config.select_num_warps,
+        num_warps=config.select_num_warps[many_segments > config.select_segments[0]],
         launch_pdl=config.overlap_launches,
     )

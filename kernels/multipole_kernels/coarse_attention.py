@@ -23,11 +23,11 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from multipole_kernels.attention_state import (
     LOG2_E,
-    add_to_state,
     attend_slots,
     dot,
     finite_or_zero,
-    raised_max,
+    tail_above_score,
+    tail_bound,
 )
 from multipole_kernels.decode_buffers import DecodePlan, DecodeWorkspace, PoolLayer
 
@@ -37,7 +37,7 @@ def _coarse_attention_kernel(
     q_ptr,  # [num_rows, NUM_KV_HEADS, GROUP, HEAD_DIM]
     k_cache_ptr,  # [num_slots, NUM_KV_HEADS, HEAD_DIM]
     v_cache_ptr,
-    key_centroids_ptr,  # [P, NUM_KV_HEADS, CLUSTERS, HEAD_DIM]
+    key_centroids_ptr,  # [P, NUM_KV_HEADS, CLUSTERS, HEAD_DIM], 8-bit ones as int16 words
     value_centroids_ptr,
     key_scale_ptr,  # [P, NUM_KV_HEADS, CLUSTERS] fp32, with 8-bit centroids
     value_scale_ptr,
@@ -58,6 +58,7 @@ def _coarse_attention_kernel(
     num_rows,
     sm_scale,
     max_logit_variance,
+    tail_bound,
     stride_q_row,
     stride_slot,
     NUM_KV_HEADS: tl.constexpr,
@@ -67,7 +68,9 @@ def _coarse_attention_kernel(
     BLOCK_GROUP: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
+    EIGHT_BITS: tl.constexpr,
+    IS_INT8: tl.constexpr,
+    UNPACK_SCALE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """One program takes one chunk of one KV head."""
@@ -76,33 +79,33 @@ def _coarse_attention_kernel(
         gdc_launch_dependents()
     chunk = tl.program_id(0) // NUM_KV_HEADS
     head = tl.program_id(0) % NUM_KV_HEADS
-    if chunk >= tl.load(chunk_indptr_ptr + num_rows):
-        return
+    # all at once: what lies behind the last chunk is read, not used
+    num_chunks = tl.load(chunk_indptr_ptr + num_rows)
     row = tl.load(chunk_row_ptr + chunk).to(tl.int64)
     begin = tl.load(chunk_begin_ptr + chunk)
     end = tl.load(chunk_end_ptr + chunk)
+    is_exact = tl.load(chunk_is_exact_ptr + chunk)
+    if chunk >= num_chunks:
+        return
 
     offs_group = tl.arange(0, BLOCK_GROUP)
     mask_group = offs_group < GROUP
-    offs_dim = tl.arange(0, BLOCK_D)
-    mask_dim = offs_dim < HEAD_DIM
-    # [BLOCK_GROUP, BLOCK_D]
-    q = tl.load(
-        q_ptr + row * stride_q_row + (head * GROUP + offs_group[:, None]) * HEAD_DIM + offs_dim,
-        mask=mask_group[:, None] & mask_dim[None, :],
-        other=0.0,
-    )
+    q_ptr += row * stride_q_row + head * GROUP * HEAD_DIM
+    # int64: chunks * heads * head_dim
+    part = (chunk.to(tl.int64) * NUM_KV_HEADS + head) * GROUP
     max_log2 = tl.full([BLOCK_GROUP], float("-inf"), tl.float32)
     weight_sum = tl.zeros([BLOCK_GROUP], tl.float32)
-    acc = tl.zeros([BLOCK_GROUP, BLOCK_D], tl.float32)
+    part_acc_ptr += part * HEAD_DIM
     scale_log2 = sm_scale * LOG2_E
 
-    if tl.load(chunk_is_exact_ptr + chunk) != 0:
-        max_log2, weight_sum, acc = attend_slots(
+    if is_exact != 0:
+        q_heads = _load_heads(q_ptr, 0, 1, GROUP, HEAD_DIM, BLOCK_GROUP, BLOCK_D)
+        token_acc = tl.zeros([BLOCK_GROUP, BLOCK_D], tl.float32)
+        max_log2, weight_sum, token_acc = attend_slots(
             max_log2,
             weight_sum,
-            acc,
-            q,
+            token_acc,
+            q_heads,
             exact_slots_ptr,
             begin,
             end,
@@ -114,81 +117,166 @@ def _coarse_attention_kernel(
             BLOCK_D,
             BLOCK_TOKENS,
         )
+        _store_heads(part_acc_ptr, token_acc, 0, 1, GROUP, HEAD_DIM, BLOCK_GROUP, BLOCK_D)
     else:
+        # a word is one element of 16 bits or two of 8, which are dimensions 2j and 2j + 1
+        PER_WORD: tl.constexpr = 2 if EIGHT_BITS else 1
+        WORDS: tl.constexpr = HEAD_DIM // PER_WORD
+        BLOCK_WORDS: tl.constexpr = BLOCK_D // PER_WORD
+        offs_word = tl.arange(0, BLOCK_WORDS)
+        mask_word = (offs_word < WORDS)[None, :]
         offs_cluster = tl.arange(0, CLUSTERS)
+        q = _load_heads(q_ptr, 0, PER_WORD, GROUP, WORDS, BLOCK_GROUP, BLOCK_WORDS)
+        acc = tl.zeros([BLOCK_GROUP, BLOCK_WORDS], tl.float32)
+        # summed over the clusters' places in the end, not in every item
+        weight_sums = tl.zeros([BLOCK_GROUP, CLUSTERS], tl.float32)
         # [BLOCK_GROUP] variance of the logits per unit of key variance
         q_square = tl.sum(q.to(tl.float32) * q.to(tl.float32), 1) * sm_scale * sm_scale
-        if HAS_SCALE:
+        if EIGHT_BITS:
+            q_high = _load_heads(q_ptr, 1, PER_WORD, GROUP, WORDS, BLOCK_GROUP, BLOCK_WORDS)
+            acc_high = tl.zeros([BLOCK_GROUP, BLOCK_WORDS], tl.float32)
+            q_high_float = q_high.to(tl.float32)
+            q_square += tl.sum(q_high_float * q_high_float, 1) * sm_scale * sm_scale
             # 8-bit numbers are exact in float16, and so is all of q that matters
-            q_scored = q.to(tl.float32).to(tl.float16)
-        else:
-            q_scored = q
+            q_low16 = q.to(tl.float32).to(tl.float16)
+            q_high16 = q_high_float.to(tl.float16)
+
+        # the small tensors of an item are loaded while the one before it is computed: two places
+        # ahead, because their addresses need the place
+        place = tl.load(item_place_ptr + begin).to(tl.int64)
+        next_place = tl.load(item_place_ptr + tl.minimum(begin + 1, end - 1)).to(tl.int64)
+        cluster = (place * NUM_KV_HEADS + head) * CLUSTERS + offs_cluster
+        sizes = tl.load(cluster_sizes_ptr + cluster)
+        variance = tl.load(key_variance_ptr + cluster)
+        if EIGHT_BITS:
+            key_scale = tl.load(key_scale_ptr + cluster)
+            value_scale = tl.load(value_scale_ptr + cluster)
         for item in range(begin, end):
-            place = tl.load(item_place_ptr + item).to(tl.int64)
-            cluster = (place * NUM_KV_HEADS + head) * CLUSTERS + offs_cluster
-            # [CLUSTERS, BLOCK_D]
-            offsets = cluster[:, None] * HEAD_DIM + offs_dim[None, :]
-            keys = tl.load(key_centroids_ptr + offsets, mask=mask_dim[None, :], other=0.0)
-            values = tl.load(value_centroids_ptr + offsets, mask=mask_dim[None, :], other=0.0)
-            # [CLUSTERS]
-            sizes = tl.load(cluster_sizes_ptr + cluster).to(tl.float32)
-            variance = tl.load(key_variance_ptr + cluster)
-            if HAS_SCALE:
-                keys = keys.to(tl.float16)
-                values = values.to(tl.float16)
+            tile_place = tl.load(item_place_ptr + item).to(tl.int64)
+            tile_cluster = (tile_place * NUM_KV_HEADS + head) * CLUSTERS + offs_cluster
+            # [CLUSTERS, BLOCK_WORDS]
+            offsets = tile_cluster[:, None] * WORDS + offs_word[None, :]
+            keys = tl.load(key_centroids_ptr + offsets, mask=mask_word, other=0)
+            values = tl.load(value_centroids_ptr + offsets, mask=mask_word, other=0)
+            cluster = (next_place * NUM_KV_HEADS + head) * CLUSTERS + offs_cluster
+            next_sizes = tl.load(cluster_sizes_ptr + cluster)
+            next_variance = tl.load(key_variance_ptr + cluster)
+            next_place = tl.load(item_place_ptr + tl.minimum(item + 2, end - 1)).to(tl.int64)
+
             # [BLOCK_GROUP, CLUSTERS]
-            scores = dot(q_scored, tl.trans(keys)) * scale_log2
-            if HAS_SCALE:
-                scores *= tl.load(key_scale_ptr + cluster)[None, :]
-            scores = tl.where(sizes[None, :] > 0.0, scores, float("-inf"))
+            if EIGHT_BITS:
+                next_key_scale = tl.load(key_scale_ptr + cluster)
+                next_value_scale = tl.load(value_scale_ptr + cluster)
+                keys_low, keys_high = _unpack(keys, IS_INT8)
+                scores = dot(q_low16, tl.trans(keys_low)) + dot(q_high16, tl.trans(keys_high))
+                scores *= key_scale[None, :] * (scale_log2 * UNPACK_SCALE)
+            else:
+                scores = dot(q, tl.trans(keys)) * scale_log2
+            scores = tl.where(sizes[None, :] > 0, scores, float("-inf"))
 
             # [BLOCK_GROUP]
-            weight_shift = finite_or_zero(tl.max(scores, 1))
-            cluster_weight = tl.exp2(scores - weight_shift[:, None]).to(tl.float16)
+            shift = finite_or_zero(tl.max(scores, 1))
+            cluster_weight = tl.exp2(scores - shift[:, None]).to(tl.float16)
             offs_item = (item * NUM_KV_HEADS + head) * GROUP + offs_group.to(tl.int64)
-            tl.store(weight_shift_ptr + offs_item, weight_shift, mask=mask_group)
+            tl.store(weight_shift_ptr + offs_item, shift, mask=mask_group)
             tl.store(
                 cluster_weight_ptr + offs_item[:, None] * CLUSTERS + offs_cluster[None, :],
                 cluster_weight,
                 mask=mask_group[:, None],
             )
 
-            logit_variance = tl.minimum(q_square[:, None] * variance[None, :], max_logit_variance)
+            above_score = tail_above_score(q_square, variance, sizes, max_logit_variance)
+            new_max = tl.maximum(max_log2, tl.ceil(shift + tail_bound))
+            tail_shift = finite_or_zero(new_max)
             # from the rounded weight: what is taken out later is what is put in here
-            tail = tl.log2(cluster_weight.to(tl.float32)) + weight_shift[:, None]
-            tail += 0.5 * LOG2_E * logit_variance + tl.log2(sizes)[None, :]
-            if HAS_SCALE:
-                value_scale = tl.load(value_scale_ptr + cluster)
-                max_log2, weight_sum, acc = _add_scaled(
-                    max_log2, weight_sum, acc, tail, values, value_scale
-                )
+            weight = cluster_weight.to(tl.float32)
+            weight *= tl.exp2(above_score + (shift - tail_shift)[:, None])
+            rescale = tl.exp2(max_log2 - tail_shift)
+            weight_sums = weight_sums * rescale[:, None] + weight
+            max_log2 = new_max
+            if EIGHT_BITS:
+                # relative to the largest scale, so that weights keep float16's precision
+                largest = tl.maximum(tl.max(value_scale, 0), 1e-30)
+                scaled = (weight * (value_scale / largest)[None, :]).to(tl.float16)
+                values_low, values_high = _unpack(values, IS_INT8)
+                largest *= UNPACK_SCALE
+                acc = acc * rescale[:, None] + dot(scaled, values_low) * largest
+                acc_high = acc_high * rescale[:, None] + dot(scaled, values_high) * largest
+                key_scale = next_key_scale
+                value_scale = next_value_scale
             else:
-                max_log2, weight_sum, acc = add_to_state(max_log2, weight_sum, acc, tail, values)
+                acc = acc * rescale[:, None] + dot(weight.to(values.dtype), values)
+            sizes = next_sizes
+            variance = next_variance
+        weight_sum = tl.sum(weight_sums, 1)
+        _store_heads(part_acc_ptr, acc, 0, PER_WORD, GROUP, WORDS, BLOCK_GROUP, BLOCK_WORDS)
+        if EIGHT_BITS:
+            _store_heads(
+                part_acc_ptr, acc_high, 1, PER_WORD, GROUP, WORDS, BLOCK_GROUP, BLOCK_WORDS
+            )
 
-    # int64: chunks * heads * head_dim
-    offs_part = (chunk.to(tl.int64) * NUM_KV_HEADS + head) * GROUP + offs_group
-    tl.store(part_max_ptr + offs_part, max_log2, mask=mask_group)
-    tl.store(part_sum_ptr + offs_part, weight_sum, mask=mask_group)
-    tl.store(
-        part_acc_ptr + offs_part[:, None] * HEAD_DIM + offs_dim[None, :],
-        acc,
-        mask=mask_group[:, None] & mask_dim[None, :],
+    tl.store(part_max_ptr + part + offs_group, max_log2, mask=mask_group)
+    tl.store(part_sum_ptr + part + offs_group, weight_sum, mask=mask_group)
+
+
+@triton.jit
+def _load_heads(
+    ptr,
+    first,
+    STEP: tl.constexpr,
+    GROUP: tl.constexpr,
+    DIMS: tl.constexpr,
+    BLOCK_GROUP: tl.constexpr,
+    BLOCK_DIMS: tl.constexpr,
+):
+    """[BLOCK_GROUP, BLOCK_DIMS] dimensions first, first + STEP, ... of GROUP heads."""
+    offs_group = tl.arange(0, BLOCK_GROUP)[:, None]
+    offs_dim = tl.arange(0, BLOCK_DIMS)[None, :]
+    return tl.load(
+        ptr + offs_group * (DIMS * STEP) + offs_dim * STEP + first,
+        mask=(offs_group < GROUP) & (offs_dim < DIMS),
+        other=0.0,
     )
 
 
 @triton.jit
-def _add_scaled(max_log2, weight_sum, acc, logits_log2, values, value_scale):
-    """add_to_state for values that are to be multiplied by value_scale [N]."""
-    new_max = raised_max(max_log2, logits_log2)
-    shift = finite_or_zero(new_max)
-    weight = tl.exp2(logits_log2 - shift[:, None])
-    rescale = tl.exp2(max_log2 - shift)
-    weight_sum = weight_sum * rescale + tl.sum(weight, 1)
-    # scales relative to the largest, so that weights keep float16's precision
-    largest = tl.maximum(tl.max(value_scale, 0), 1e-30)
-    weight *= (value_scale / largest)[None, :]
-    acc = acc * rescale[:, None] + dot(weight.to(values.dtype), values) * largest
-    return new_max, weight_sum, acc
+def _store_heads(
+    ptr,
+    block,
+    first,
+    STEP: tl.constexpr,
+    GROUP: tl.constexpr,
+    DIMS: tl.constexpr,
+    BLOCK_GROUP: tl.constexpr,
+    BLOCK_DIMS: tl.constexpr,
+):
+    """Store a block laid out as _load_heads loads it."""
+    offs_group = tl.arange(0, BLOCK_GROUP)[:, None]
+    offs_dim = tl.arange(0, BLOCK_DIMS)[None, :]
+    tl.store(
+        ptr + offs_group * (DIMS * STEP) + offs_dim * STEP + first,
+        block,
+        mask=(offs_group < GROUP) & (offs_dim < DIMS),
+    )
+
+
+@triton.jit
+def _unpack(words, IS_INT8: tl.constexpr):
+    """The low and high bytes of int16 words as float16, without a conversion instruction.
+
+    An int8 b: b ^ 0x80 is b + 128, and 0x6400 | n is the float16 1024 + n. A float8 e4m3: its bits
+    moved to float16's places give the number divided by 2^8, subnormals included; the caller
+    multiplies by UNPACK_SCALE. (Converting would also make the compiler read the transposed values
+    byte by byte from shared memory.)
+    """
+    if IS_INT8:
+        low = ((words & 0xFF) ^ 0x6480).to(tl.float16, bitcast=True) - 1152.0
+        high = (((words >> 8) & 0xFF) ^ 0x6480).to(tl.float16, bitcast=True) - 1152.0
+    else:
+        shifted = words << 8
+        low = ((shifted & -32768) | ((shifted & 0x7F00) >> 1)).to(tl.float16, bitcast=True)
+        high = ((words & -32768) | ((words & 0x7F00) >> 1)).to(tl.float16, bitcast=True)
+    return low, high
 
 
 def coarse_attention(
@@ -209,13 +297,18 @@ def coarse_attention(
     """
     num_rows = q.shape[0]
     config = workspace.config
-    has_scale = pool_layer.key_scale is not None
+    key_centroids, value_centroids = pool_layer.key_centroids, pool_layer.value_centroids
+    eight_bits = pool_layer.key_scale is not None
+    is_int8 = key_centroids.dtype == torch.int8
+    if eight_bits:
+        key_centroids = key_centroids.view(torch.int16)
+        value_centroids = value_centroids.view(torch.int16)
     _coarse_attention_kernel[(workspace.num_chunks(num_rows) * workspace.num_kv_heads,)](
         q_ptr=q,
         k_cache_ptr=k_cache,
         v_cache_ptr=v_cache,
-        key_centroids_ptr=pool_layer.key_centroids,
-        value_centroids_ptr=pool_layer.value_centroids,
+        key_centroids_ptr=key_centroids,
+        value_centroids_ptr=value_centroids,
         key_scale_ptr=pool_layer.key_scale,
         value_scale_ptr=pool_layer.value_scale,
         cluster_sizes_ptr=pool_layer.cluster_sizes,
@@ -235,6 +328,7 @@ def coarse_attention(
         num_rows=num_rows,
         sm_scale=sm_scale,
         max_logit_variance=max_logit_variance,
+        tail_bound=tail_bound(workspace, max_logit_variance),
         stride_q_row=q.stride(0),
         stride_slot=k_cache.stride(0),
         NUM_KV_HEADS=workspace.num_kv_heads,
@@ -244,9 +338,12 @@ def coarse_attention(
         BLOCK_GROUP=16,  # tl.dot needs 16 rows
         BLOCK_D=triton.next_power_of_2(workspace.head_dim),
         BLOCK_TOKENS=config.coarse_block_tokens,
-        HAS_SCALE=has_scale,
+        EIGHT_BITS=eight_bits,
+        IS_INT8=is_int8,
+        UNPACK_SCALE=256.0 if eight_bits and not is_int8 else 1.0,
         OVERLAP=config.overlap_launches,
         num_warps=config.coarse_num_warps,
         num_stages=config.coarse_num_stages,
+        maxnreg=config.coarse_max_registers,
         launch_pdl=config.overlap_launches,
     )

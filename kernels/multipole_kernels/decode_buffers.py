@@ -11,6 +11,9 @@ import torch
 
 from multipole_kernels.launch_config import LaunchConfig, launch_config
 
+# most blocks of a (row, KV head) that take selected clusters' centroids out of the coarse state
+MAX_OUT_SPLITS = 4
+
 
 @dataclasses.dataclass
 class PoolLayer:
@@ -85,10 +88,10 @@ class DecodeWorkspace:
         config = self.config
         # chunks a step, over which the plan spreads the whole batch's work
         self.target_chunks = -(-config.num_sms * config.coarse_blocks_per_sm // num_kv_heads)
+        self.wave_chunks = -(-config.num_sms * config.coarse_blocks_per_wave // num_kv_heads)
         max_chunks = self.num_chunks(max_rows)
-        # a row's chunks are rounded up: one more of either kind per row
         self.target_exact_blocks = config.num_sms * config.exact_blocks_per_sm
-        max_exact_blocks = self.target_exact_blocks + max_rows * num_kv_heads
+        max_exact_blocks = self.target_exact_blocks + max_rows * num_kv_heads * 2
         heads = (num_kv_heads, gqa_group_size)
 
         def new(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -135,14 +138,22 @@ class DecodeWorkspace:
         self.num_arrived = new(max_rows, num_kv_heads, dtype=torch.int32)
 
     def num_chunks(self, num_rows: int) -> int:
-        """The most chunks a batch of num_rows rows is cut into."""
+        """The most chunks a batch of num_rows rows is cut into.
+
+        Either kind of a row's chunks is rounded up: one more of each.
+        """
         return self.target_chunks + 2 * num_rows
 
     def num_exact_splits(self, num_rows: int) -> int:
         """Blocks over which one (row, head)'s selected tokens are spread."""
-        by_card = -(-self.target_exact_blocks // (num_rows * self.num_kv_heads))
+        by_card = self.target_exact_blocks // (num_rows * self.num_kv_heads)
+        by_card -= self.num_out_splits(num_rows)
         by_tokens = -(-self.selected_capacity // self.config.exact_block_tokens)
         return max(1, min(by_card, by_tokens))
+
+    def num_out_splits(self, num_rows: int) -> int:
+        """Blocks that take one (row, head)'s selected clusters out of the coarse state."""
+        return max(1, min(MAX_OUT_SPLITS, self.config.num_sms // (num_rows * self.num_kv_heads)))
 
     @property
     def bytes(self) -> int:

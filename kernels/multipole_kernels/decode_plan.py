@@ -1,7 +1,7 @@
 """Cut a batch's work into chunks of about equal cost, on the device.
 
 A chunk is a run of one row's items (segments, read as centroids) or of its always-exact tokens. The
-target is that all chunks together fill the card a fixed number of times, whatever the batch; a row
+target is that all chunks together fill the card a whole number of times, whatever the batch; a row
 without work gets no chunk. Runs once a step, outside the graph, for all layers.
 """
 
@@ -23,8 +23,10 @@ def _plan_chunks_kernel(
     chunk_end_ptr,
     chunk_indptr_ptr,  # [num_rows + 1]
     num_rows,
+    wave_chunks,
     target_chunks,
     ITEM_COST: tl.constexpr,  # cost of an item in exact tokens
+    LONG_CHUNK: tl.constexpr,  # items that hide the start of a block
     EXACT_UNIT: tl.constexpr,  # exact chunks are multiples of this many tokens
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CHUNKS: tl.constexpr,
@@ -41,7 +43,9 @@ def _plan_chunks_kernel(
         exact_indptr_ptr + offs_row, mask=mask_row, other=0
     )
     cost = tl.sum(items, 0) * ITEM_COST + tl.sum(exact, 0)
-    cost_per_chunk = tl.cdiv(cost, target_chunks)
+    # one wave of equal chunks while they are short; then so many that the last wave weighs little
+    in_one_wave = tl.minimum(tl.cdiv(cost, wave_chunks), LONG_CHUNK * ITEM_COST)
+    cost_per_chunk = tl.maximum(tl.cdiv(cost, target_chunks), in_one_wave)
     items_per_chunk = tl.maximum(tl.cdiv(cost_per_chunk, ITEM_COST), 1)
     exact_per_chunk = tl.maximum(tl.cdiv(cost_per_chunk, EXACT_UNIT), 1) * EXACT_UNIT
     chunks = tl.cdiv(items, items_per_chunk) + tl.cdiv(exact, exact_per_chunk)
@@ -93,9 +97,11 @@ def plan_chunks(
         chunk_end_ptr=workspace.chunk_end,
         chunk_indptr_ptr=workspace.chunk_indptr,
         num_rows=num_rows,
+        wave_chunks=workspace.wave_chunks,
         target_chunks=workspace.target_chunks,
         # keys and values are two bytes an element
         ITEM_COST=workspace.clusters_per_segment * centroid_bytes // 2,
+        LONG_CHUNK=8,
         EXACT_UNIT=workspace.config.coarse_block_tokens,
         BLOCK_ROWS=triton.next_power_of_2(workspace.max_rows),
         BLOCK_CHUNKS=128,

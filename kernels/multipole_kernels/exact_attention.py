@@ -2,10 +2,10 @@
 
     out = (coarse + sum over selected tokens - sum over selected centroids) / (the same of weights)
 
-Each (row, KV head)'s slot list is cut over blocks; a block adds its tokens
-(reference.exact_attention) and takes out the centroids of its share of the selected clusters, with
-the weights that coarse attention gave them. The last block to arrive merges the parts in order, so
-that the same input gives the same bits, and writes the output: no fourth launch.
+Each (row, KV head)'s slot list is cut over blocks that add its tokens (reference.exact_attention);
+beside them a few blocks take the selected clusters' centroids out, with the weights that coarse
+attention gave them. The last block to arrive merges the parts in order, so that the same input
+gives the same bits, and writes the output: no fourth launch.
 
 What is taken out of a selected cluster equals what coarse attention put in, rounding included
 (attention_state). A row that attends to nothing gets 0.
@@ -23,8 +23,9 @@ from multipole_kernels.attention_state import (
     attend_slots,
     dot,
     finite_or_zero,
-    merge_states,
-    raised_max,
+    merge_parts,
+    tail_above_score,
+    tail_bound,
 )
 from multipole_kernels.decode_buffers import DecodePlan, DecodeWorkspace, PoolLayer
 
@@ -48,6 +49,7 @@ def _take_out_clusters(
     cluster_weight_ptr,
     weight_shift_ptr,
     max_logit_variance,
+    tail_bound,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -70,24 +72,22 @@ def _take_out_clusters(
         item = item_begin + cluster // CLUSTERS
         place = tl.load(item_place_ptr + item, mask=mask, other=0).to(tl.int64)
         within = (place * NUM_KV_HEADS + head) * CLUSTERS + cluster % CLUSTERS
-        sizes = tl.load(cluster_sizes_ptr + within, mask=mask, other=0).to(tl.float32)
+        sizes = tl.load(cluster_sizes_ptr + within, mask=mask, other=0)
         variance = tl.load(key_variance_ptr + within, mask=mask, other=0.0)
         # [BLOCK_GROUP, BLOCK_CLUSTERS]
         item_head = (item.to(tl.int64) * NUM_KV_HEADS + head)[None, :] * GROUP + offs_group[:, None]
         mask_weight = mask[None, :] & (offs_group < GROUP)[:, None]
-        shift = tl.load(weight_shift_ptr + item_head, mask=mask_weight, other=0.0)
+        shift = tl.load(weight_shift_ptr + item_head, mask=mask_weight, other=float("-inf"))
         weight = tl.load(
             cluster_weight_ptr + item_head * CLUSTERS + (cluster % CLUSTERS)[None, :],
             mask=mask_weight,
             other=0.0,
         ).to(tl.float32)
-        logit_variance = tl.minimum(q_square[:, None] * variance[None, :], max_logit_variance)
-        tail = tl.log2(weight) + shift
-        tail += 0.5 * LOG2_E * logit_variance + tl.log2(sizes)[None, :]
-
-        new_max = raised_max(max_log2, tail)
+        above_score = tail_above_score(q_square, variance, sizes, max_logit_variance)
+        new_max = tl.maximum(max_log2, tl.ceil(tl.max(shift, 1) + tail_bound))
         new_shift = finite_or_zero(new_max)
-        weight = tl.exp2(tail - new_shift[:, None])
+        # as coarse attention weighed it
+        weight *= tl.exp2(above_score + (shift - new_shift[:, None]))
         rescale = tl.exp2(max_log2 - new_shift)
         # [BLOCK_CLUSTERS, BLOCK_D]
         values = tl.load(
@@ -123,22 +123,26 @@ def _exact_attention_kernel(
     exact_indptr_ptr,  # [num_rows + 1]
     cluster_weight_ptr,  # [max_items, NUM_KV_HEADS, GROUP, CLUSTERS] fp16
     weight_shift_ptr,
-    selected_clusters_ptr,  # [num_rows, NUM_KV_HEADS, CLUSTER_CAPACITY]
-    selected_slots_ptr,  # [num_rows, NUM_KV_HEADS, SLOT_CAPACITY]
+    selected_clusters_ptr,  # [num_rows, NUM_KV_HEADS, cluster_capacity]
+    selected_slots_ptr,  # [num_rows, NUM_KV_HEADS, slot_capacity]
     num_selected_clusters_ptr,  # [num_rows, NUM_KV_HEADS]
     num_selected_tokens_ptr,
     num_clustered_tokens_ptr,
     coarse_max_ptr,  # [num_rows, NUM_KV_HEADS, GROUP] fp32
     coarse_sum_ptr,
     coarse_acc_ptr,  # [num_rows, NUM_KV_HEADS, GROUP, HEAD_DIM] fp32
-    part_max_ptr,  # [num_rows, NUM_KV_HEADS, num_splits, GROUP] fp32
+    part_max_ptr,  # [num_rows, NUM_KV_HEADS, num_splits + num_out_splits, GROUP] fp32
     part_sum_ptr,
-    part_acc_ptr,  # [num_rows, NUM_KV_HEADS, num_splits, GROUP, HEAD_DIM] fp32
+    part_acc_ptr,  # [num_rows, NUM_KV_HEADS, num_splits + num_out_splits, GROUP, HEAD_DIM]
     num_arrived_ptr,  # [num_rows, NUM_KV_HEADS], 0 between launches
     counters_ptr,  # [num_rows, 4] int64
     num_splits,
+    num_out_splits,
+    cluster_capacity,
+    slot_capacity,
     sm_scale,
     max_logit_variance,
+    tail_bound,
     stride_q_row,
     stride_out_row,
     stride_slot,
@@ -146,136 +150,153 @@ def _exact_attention_kernel(
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     CLUSTERS: tl.constexpr,
-    CLUSTER_CAPACITY: tl.constexpr,
-    SLOT_CAPACITY: tl.constexpr,
     BLOCK_GROUP: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_CLUSTERS: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
+    MERGE_GROUP: tl.constexpr,
+    PARTS_AT_ONCE: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     COUNT: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """One program takes one split of one (row, KV head)."""
+    """One program takes one split of one (row, KV head)'s tokens or clusters."""
     if OVERLAP:
         gdc_wait()
         gdc_launch_dependents()
+    # the first blocks take tokens, the last num_out_splits take clusters out
     split = tl.program_id(0)
     row = tl.program_id(1) // NUM_KV_HEADS
     head = tl.program_id(1) % NUM_KV_HEADS
     row_head = tl.program_id(1).to(tl.int64)
     num_tokens = tl.load(num_selected_tokens_ptr + row_head)
     num_clusters = tl.load(num_selected_clusters_ptr + row_head)
-    # whole blocks of tokens per split; the first split also serves a row that selects nothing
-    blocks = tl.cdiv(num_tokens, BLOCK_TOKENS)
-    tokens_per_split = tl.maximum(tl.cdiv(blocks, num_splits), 1) * BLOCK_TOKENS
-    active = tl.maximum(tl.cdiv(num_tokens, tokens_per_split), 1)
-    if split >= active:
+    tokens_per_split = tl.cdiv(tl.cdiv(num_tokens, BLOCK_TOKENS), num_splits) * BLOCK_TOKENS
+    clusters_per_split = (
+        tl.cdiv(tl.cdiv(num_clusters, BLOCK_CLUSTERS), num_out_splits) * BLOCK_CLUSTERS
+    )
+    token_parts = tl.cdiv(num_tokens, tl.maximum(tokens_per_split, 1))
+    num_parts = token_parts + tl.cdiv(num_clusters, tl.maximum(clusters_per_split, 1))
+    out_split = split - num_splits
+    # a row that selects nothing is written by its first block
+    part = split
+    if out_split >= 0:
+        part = token_parts + out_split
+        if out_split * clusters_per_split >= num_clusters:
+            return
+    elif split >= tl.maximum(token_parts, 1):
         return
 
     offs_group = tl.arange(0, BLOCK_GROUP)
     mask_group = offs_group < GROUP
     offs_dim = tl.arange(0, BLOCK_D)
-    mask_dim = offs_dim < HEAD_DIM
-    mask_out = mask_group[:, None] & mask_dim[None, :]
-    offs_q = (head * GROUP + offs_group[:, None]) * HEAD_DIM + offs_dim[None, :]
-    # [BLOCK_GROUP, BLOCK_D]
-    q = tl.load(q_ptr + row.to(tl.int64) * stride_q_row + offs_q, mask=mask_out, other=0.0)
-    max_log2 = tl.full([BLOCK_GROUP], float("-inf"), tl.float32)
-    weight_sum = tl.zeros([BLOCK_GROUP], tl.float32)
-    acc = tl.zeros([BLOCK_GROUP, BLOCK_D], tl.float32)
-    max_log2, weight_sum, acc = attend_slots(
-        max_log2,
-        weight_sum,
-        acc,
-        q,
-        selected_slots_ptr + row_head * SLOT_CAPACITY,
-        split * tokens_per_split,
-        tl.minimum((split + 1) * tokens_per_split, num_tokens),
-        k_cache_ptr + head * HEAD_DIM,
-        v_cache_ptr + head * HEAD_DIM,
-        stride_slot,
-        sm_scale * LOG2_E,
-        HEAD_DIM,
-        BLOCK_D,
-        BLOCK_TOKENS,
-    )
-    q_square = tl.sum(q.to(tl.float32) * q.to(tl.float32), 1) * sm_scale * sm_scale
-    clusters_per_split = tl.cdiv(num_clusters, active)
-    max_log2, weight_sum, acc = _take_out_clusters(
-        max_log2,
-        weight_sum,
-        acc,
-        q_square,
-        selected_clusters_ptr + row_head * CLUSTER_CAPACITY,
-        split * clusters_per_split,
-        tl.minimum((split + 1) * clusters_per_split, num_clusters),
-        tl.load(item_indptr_ptr + row),
-        head,
-        item_place_ptr,
-        value_centroids_ptr,
-        value_scale_ptr,
-        cluster_sizes_ptr,
-        key_variance_ptr,
-        cluster_weight_ptr,
-        weight_shift_ptr,
-        max_logit_variance,
-        NUM_KV_HEADS,
-        GROUP,
-        HEAD_DIM,
-        CLUSTERS,
-        BLOCK_GROUP,
-        BLOCK_D,
-        BLOCK_CLUSTERS,
-        HAS_SCALE,
-        q_ptr.dtype.element_ty,
-    )
-
-    first_part = row_head * num_splits
-    if active > 1:
-        offs_part = (first_part + split) * GROUP + offs_group
+    mask_part = mask_group[:, None] & (offs_dim < HEAD_DIM)[None, :]
+    # int64: rows * heads * splits * head_dim
+    first_part = row_head * (num_splits + num_out_splits) * GROUP
+    if num_parts > 0:
+        # [BLOCK_GROUP, BLOCK_D]
+        q = tl.load(
+            q_ptr
+            + row.to(tl.int64) * stride_q_row
+            + (head * GROUP + offs_group[:, None]) * HEAD_DIM
+            + offs_dim[None, :],
+            mask=mask_part,
+            other=0.0,
+        )
+        max_log2 = tl.full([BLOCK_GROUP], float("-inf"), tl.float32)
+        weight_sum = tl.zeros([BLOCK_GROUP], tl.float32)
+        acc = tl.zeros([BLOCK_GROUP, BLOCK_D], tl.float32)
+        if out_split < 0:
+            max_log2, weight_sum, acc = attend_slots(
+                max_log2,
+                weight_sum,
+                acc,
+                q,
+                selected_slots_ptr + row_head * slot_capacity,
+                split * tokens_per_split,
+                tl.minimum((split + 1) * tokens_per_split, num_tokens),
+                k_cache_ptr + head * HEAD_DIM,
+                v_cache_ptr + head * HEAD_DIM,
+                stride_slot,
+                sm_scale * LOG2_E,
+                HEAD_DIM,
+                BLOCK_D,
+                BLOCK_TOKENS,
+            )
+        else:
+            max_log2, weight_sum, acc = _take_out_clusters(
+                max_log2,
+                weight_sum,
+                acc,
+                tl.sum(q.to(tl.float32) * q.to(tl.float32), 1) * sm_scale * sm_scale,
+                selected_clusters_ptr + row_head * cluster_capacity,
+                out_split * clusters_per_split,
+                tl.minimum((out_split + 1) * clusters_per_split, num_clusters),
+                tl.load(item_indptr_ptr + row),
+                head,
+                item_place_ptr,
+                value_centroids_ptr,
+                value_scale_ptr,
+                cluster_sizes_ptr,
+                key_variance_ptr,
+                cluster_weight_ptr,
+                weight_shift_ptr,
+                max_logit_variance,
+                tail_bound,
+                NUM_KV_HEADS,
+                GROUP,
+                HEAD_DIM,
+                CLUSTERS,
+                BLOCK_GROUP,
+                BLOCK_D,
+                BLOCK_CLUSTERS,
+                HAS_SCALE,
+                q_ptr.dtype.element_ty,
+            )
+        offs_part = first_part + part * GROUP + offs_group
         tl.store(part_max_ptr + offs_part, max_log2, mask=mask_group)
         tl.store(part_sum_ptr + offs_part, weight_sum, mask=mask_group)
         tl.store(
-            part_acc_ptr + offs_part[:, None] * HEAD_DIM + offs_dim[None, :], acc, mask=mask_out
+            part_acc_ptr + offs_part[:, None] * HEAD_DIM + offs_dim[None, :], acc, mask=mask_part
         )
         # every thread's stores come before the arrival that announces them
         tl.debug_barrier()
-        if tl.atomic_add(num_arrived_ptr + row_head, 1, sem="acq_rel") < active - 1:
+        if tl.atomic_add(num_arrived_ptr + row_head, 1, sem="acq_rel") < num_parts - 1:
             return
         tl.debug_barrier()
         tl.store(num_arrived_ptr + row_head, 0)
 
-    # [BLOCK_GROUP] the coarse state, to which the parts are added in order
-    offs_coarse = row_head * GROUP + offs_group
-    merged_max = tl.load(coarse_max_ptr + offs_coarse, mask=mask_group, other=float("-inf"))
-    merged_sum = tl.load(coarse_sum_ptr + offs_coarse, mask=mask_group, other=0.0)
+    # [MERGE_GROUP, BLOCK_D] the coarse state, to which the parts are added in order
+    offs_head = tl.arange(0, MERGE_GROUP)
+    offs_coarse = row_head * GROUP + offs_head
+    offs_out = offs_head[:, None] * HEAD_DIM + offs_dim[None, :]
+    mask_head = offs_head < GROUP
+    mask_out = mask_head[:, None] & (offs_dim < HEAD_DIM)[None, :]
+    merged_max = tl.load(coarse_max_ptr + offs_coarse, mask=mask_head, other=float("-inf"))
+    merged_sum = tl.load(coarse_sum_ptr + offs_coarse, mask=mask_head, other=0.0)
     merged_acc = tl.load(
-        coarse_acc_ptr + offs_coarse[:, None] * HEAD_DIM + offs_dim[None, :],
-        mask=mask_out,
-        other=0.0,
+        coarse_acc_ptr + row_head * GROUP * HEAD_DIM + offs_out, mask=mask_out, other=0.0
     )
-    if active == 1:
-        merged_max, merged_sum, merged_acc = merge_states(
-            merged_max, merged_sum, merged_acc, max_log2, weight_sum, acc
-        )
-    else:
-        for part in range(0, active):
-            offs_part = (first_part + part) * GROUP + offs_group
-            part_max = tl.load(part_max_ptr + offs_part, mask=mask_group, other=float("-inf"))
-            part_sum = tl.load(part_sum_ptr + offs_part, mask=mask_group, other=0.0)
-            part_acc = tl.load(
-                part_acc_ptr + offs_part[:, None] * HEAD_DIM + offs_dim[None, :],
-                mask=mask_out,
-                other=0.0,
-            )
-            merged_max, merged_sum, merged_acc = merge_states(
-                merged_max, merged_sum, merged_acc, part_max, part_sum, part_acc
-            )
+    merged_max, merged_sum, merged_acc = merge_parts(
+        merged_max,
+        merged_sum,
+        merged_acc,
+        part_max_ptr + first_part,
+        part_sum_ptr + first_part,
+        part_acc_ptr + first_part * HEAD_DIM,
+        0,
+        num_parts,
+        GROUP,
+        GROUP,
+        HEAD_DIM,
+        MERGE_GROUP,
+        BLOCK_D,
+        PARTS_AT_ONCE,
+    )
     out = merged_acc / tl.where(merged_sum > 0.0, merged_sum, 1.0)[:, None]
     tl.store(
-        out_ptr + row.to(tl.int64) * stride_out_row + offs_q,
+        out_ptr + row.to(tl.int64) * stride_out_row + head * GROUP * HEAD_DIM + offs_out,
         out.to(out_ptr.dtype.element_ty),
         mask=mask_out,
     )
@@ -283,10 +304,10 @@ def _exact_attention_kernel(
     if COUNT and head == 0:
         num_items = tl.load(item_indptr_ptr + row + 1) - tl.load(item_indptr_ptr + row)
         exact = tl.load(exact_indptr_ptr + row + 1) - tl.load(exact_indptr_ptr + row)
-        offs_head = tl.arange(0, BLOCK_HEADS)
+        offs_kv_head = tl.arange(0, BLOCK_HEADS)
         selected = tl.load(
-            num_selected_tokens_ptr + row * NUM_KV_HEADS + offs_head,
-            mask=offs_head < NUM_KV_HEADS,
+            num_selected_tokens_ptr + row * NUM_KV_HEADS + offs_kv_head,
+            mask=offs_kv_head < NUM_KV_HEADS,
             other=0,
         )
         mean_selected = tl.sum(selected, 0) // NUM_KV_HEADS
@@ -320,7 +341,10 @@ def exact_attention(
     num_rows = q.shape[0]
     config = workspace.config
     num_splits = workspace.num_exact_splits(num_rows)
-    _exact_attention_kernel[(num_splits, num_rows * workspace.num_kv_heads)](
+    num_out_splits = workspace.num_out_splits(num_rows)
+    merge_group = triton.next_power_of_2(workspace.gqa_group_size)
+    block_d = triton.next_power_of_2(workspace.head_dim)
+    _exact_attention_kernel[(num_splits + num_out_splits, num_rows * workspace.num_kv_heads)](
         q_ptr=q,
         k_cache_ptr=k_cache,
         v_cache_ptr=v_cache,
@@ -348,8 +372,10 @@ def exact_attention(
         num_arrived_ptr=workspace.num_arrived,
         counters_ptr=counters,
         num_splits=num_splits,
+        num_out_splits=num_out_splits,
         sm_scale=sm_scale,
         max_logit_variance=max_logit_variance,
+        tail_bound=tail_bound(workspace, max_logit_variance),
         stride_q_row=q.stride(0),
         stride_out_row=out.stride(0),
         stride_slot=k_cache.stride(0),
@@ -357,17 +383,20 @@ def exact_attention(
         GROUP=workspace.gqa_group_size,
         HEAD_DIM=workspace.head_dim,
         CLUSTERS=workspace.clusters_per_segment,
-        CLUSTER_CAPACITY=workspace.selected_clusters.shape[2],
-        SLOT_CAPACITY=workspace.selected_capacity,
+        cluster_capacity=workspace.selected_clusters.shape[2],
+        slot_capacity=workspace.selected_capacity,
         BLOCK_GROUP=16,  # tl.dot needs 16 rows
-        BLOCK_D=triton.next_power_of_2(workspace.head_dim),
+        BLOCK_D=block_d,
         BLOCK_TOKENS=config.exact_block_tokens,
-        BLOCK_CLUSTERS=16,  # of the order of the clusters in a block's tokens
+        BLOCK_CLUSTERS=32,
         BLOCK_HEADS=triton.next_power_of_2(workspace.num_kv_heads),
+        MERGE_GROUP=merge_group,
+        PARTS_AT_ONCE=config.merge_parts_at_once,
         HAS_SCALE=pool_layer.key_scale is not None,
         COUNT=counters is not None,
         OVERLAP=config.overlap_launches,
         num_warps=config.exact_num_warps,
         num_stages=config.exact_num_stages,
+        maxnreg=config.exact_max_registers,
         launch_pdl=config.overlap_launches,
     )

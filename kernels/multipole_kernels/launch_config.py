@@ -17,19 +17,26 @@ class LaunchConfig:
     """Block shapes, warps and pipeline depths of the three launches of a decode step."""
 
     num_sms: int
-    # coarse attention: tokens a block gathers at a time, and blocks a step per multiprocessor
+    # coarse attention: tokens a block gathers at a time; blocks a step per multiprocessor, in one
+    # wave while chunks are short, in several when there is enough work
     coarse_block_tokens: int = 64
     coarse_num_warps: int = 4
     coarse_num_stages: int = 3
-    coarse_blocks_per_sm: int = 4
-    # selection: (segments held in registers, warps) for a short and a long row
-    select_segments: tuple[int, int] = (16, 128)
-    select_num_warps: int = 16
+    coarse_max_registers: int | None = None
+    coarse_blocks_per_wave: int = 3
+    coarse_blocks_per_sm: int = 12
+    # selection: segments held in registers, for a short and a long row; warps where all rows are
+    # short, and where some are long
+    select_segments: tuple[int, int] = (32, 128)
+    select_num_warps: tuple[int, int] = (4, 8)
     # exact attention to the selected tokens
     exact_block_tokens: int = 64
     exact_num_warps: int = 4
     exact_num_stages: int = 3
-    exact_blocks_per_sm: int = 2
+    exact_max_registers: int | None = None
+    # parts merged with their loads in flight together
+    merge_parts_at_once: int = 8
+    exact_blocks_per_sm: int = 4
     # programmatic dependent launch: a kernel's blocks are placed before its predecessor ends
     overlap_launches: bool = False
 
