@@ -177,7 +177,8 @@ class TritonResults:
 
     def __init__(self, found: torch.Tensor, counters: torch.Tensor, last_used: torch.Tensor):
         self._found, self._counters, self._last_used = found, counters, last_used
-        self._event = torch.cuda.Event()
+        # without a GPU (the interpreter) copies have happened when they return
+        self._event = torch.cuda.Event() if torch.cuda.is_available() else None
         self._num_rows = 0
 
     def start(
@@ -187,13 +188,15 @@ class TritonResults:
         self._found[:num_rows].copy_(found[:num_rows], non_blocking=True)
         self._counters[:num_rows].copy_(counters[:num_rows], non_blocking=True)
         self._last_used.copy_(last_used, non_blocking=True)
-        self._event.record()
+        if self._event is not None:
+            self._event.record()
 
     def read(self) -> tuple[list[list[int]], list[list[int]], list[int]]:
-        self._event.synchronize()
+        if self._event is not None:
+            self._event.synchronize()
         n = self._num_rows
         return self._found[:n].tolist(), self._counters[:n].tolist(), self._last_used.tolist()
 
 
 def _pinned(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.zeros(shape, dtype=dtype, pin_memory=True)
+    return torch.zeros(shape, dtype=dtype, pin_memory=torch.cuda.is_available())

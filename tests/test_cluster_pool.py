@@ -26,13 +26,19 @@ SMALL = MultipoleConfig(
 class Host:
     """A KV pool with one layer and requests that grow, in place of SGLang."""
 
-    def __init__(self, config: MultipoleConfig, num_places: int = 64):
+    def __init__(
+        self,
+        config: MultipoleConfig,
+        num_places: int = 64,
+        dim: int = DIM,
+        dtype: torch.dtype = torch.float32,
+    ):
         generator = torch.Generator().manual_seed(7)
-        self.generator = generator
-        keys = torch.randn(NUM_SLOTS, HEADS, DIM, generator=generator)
-        values = torch.randn(NUM_SLOTS, HEADS, DIM, generator=generator)
+        self.generator, self.dim = generator, dim
+        keys = torch.randn(NUM_SLOTS, HEADS, dim, generator=generator).to(dtype)
+        values = torch.randn(NUM_SLOTS, HEADS, dim, generator=generator).to(dtype)
         self.req_to_token = torch.zeros(NUM_ROWS, 2048, dtype=torch.int32)
-        shape = PoolShape(1, HEADS, DIM, NUM_SLOTS, NUM_ROWS, torch.float32, "cpu")
+        shape = PoolShape(1, HEADS, dim, NUM_SLOTS, NUM_ROWS, dtype, "cpu")
         self.layer = KVLayer(keys, values, None, None)
         pool = ClusterPool(config, shape, num_places)
         builder = SegmentBuilder(pool, [self.layer], self.req_to_token)
@@ -45,8 +51,9 @@ class Host:
     def alloc(self, count: int) -> torch.Tensor:
         slots, self.free = self.free[:count], self.free[count:]
         self.runtime.pool.invalidate_slots(slots)
-        self.layer.key_buffer[slots] = torch.randn(count, HEADS, DIM, generator=self.generator)
-        self.layer.value_buffer[slots] = torch.randn(count, HEADS, DIM, generator=self.generator)
+        for buffer in (self.layer.key_buffer, self.layer.value_buffer):
+            new = torch.randn(count, HEADS, self.dim, generator=self.generator)
+            buffer[slots] = new.to(buffer.dtype)
         return slots
 
     def add(self, rid: str, row: int, length: int, shared_with: str | None = None, prefix: int = 0):
@@ -67,10 +74,11 @@ class Host:
         self.runtime.plan_step(rows, [self.activities[rid] for rid in self.rows])
         indices = torch.tensor([row.row for row in rows])
         self.runtime.begin_step(indices, torch.tensor([row.seq_len for row in rows]))
-        q = torch.randn(len(rows), HEADS * GROUP, DIM, generator=self.generator)
+        q = torch.randn(len(rows), HEADS * GROUP, self.dim, generator=self.generator)
+        q = q.to(self.layer.key_buffer.dtype)
         out = torch.full_like(q, torch.nan)
         self.q = q
-        self.path.attend(0, q, DIM**-0.5, out)
+        self.path.attend(0, q, self.dim**-0.5, out)
         self.runtime.apply_feedback(self.runtime.end_step())
         self.runtime.check_integrity()
         return out

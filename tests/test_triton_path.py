@@ -1,0 +1,89 @@
+"""A decode step through the Triton path gives what the PyTorch path gives, on the same pool."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from sglang_multipole.config import MultipoleConfig
+from sglang_multipole.torch_path import TorchPath
+from tests.test_cluster_pool import GROUP, HEADS, SMALL, Host
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="runs in the interpreter, on the CPU"
+)
+
+# the kernels take 16 clusters or more a segment
+CONFIG = MultipoleConfig.from_dict(SMALL.to_dict() | {"token_budget": 24})
+
+
+@pytest.fixture
+def host() -> Host:
+    from sglang_multipole.triton_path import TritonPath
+
+    host = Host(CONFIG, dim=64, dtype=torch.float16)
+    pool = host.runtime.pool
+    host.runtime.path = host.path = TritonPath(
+        pool, [host.layer], host.req_to_token, max_context=1024, gqa_group_size=GROUP
+    )
+    return host
+
+
+def assert_paths_agree(host: Host, out: torch.Tensor) -> None:
+    """Repeat the last step's attention by the PyTorch path."""
+    rows = torch.tensor([row for row, _ in host.rows.values()])
+    lengths = torch.tensor([length for _, length in host.rows.values()])
+    path = TorchPath(host.runtime.pool, [host.layer], host.req_to_token)
+    path.begin(rows, lengths, [CONFIG.token_budget] * len(rows), host.runtime.planner.step)
+    expected = torch.full_like(out, torch.nan)
+    path.attend(0, host.q, host.dim**-0.5, expected)
+    error = (out.float() - expected.float()).norm() / expected.float().norm()
+    assert error < 3e-3
+    found, counters, _ = path.results(len(rows)).read()
+    own_found, own_counters, _ = host.path.results(len(rows)).read()
+    assert own_counters == counters
+    assert [row[: len(found[0])] for row in own_found] == found
+
+
+def test_steps_of_a_ragged_batch_agree_and_are_counted(host):
+    host.add("long", 1, 600)
+    host.add("short", 2, 40)
+    assert_paths_agree(host, host.step())
+    host.add("fork", 3, 560, shared_with="long", prefix=500)
+    for _ in range(2):
+        assert_paths_agree(host, host.step())
+    assert host.activities["long"].sparse_steps == 3
+    assert host.activities["short"].dense_steps == 3
+    assert host.activities["fork"].segments_shared == 3
+
+
+def test_a_batch_larger_than_the_captured_gets_buffers_of_its_own(host):
+    host.path.reserve(1)
+    captured = host.path.nbytes
+    host.add("a", 1, 300)
+    assert_paths_agree(host, host.step())
+    assert host.path.nbytes == captured
+    host.add("b", 2, 200)
+    host.add("c", 3, 100)
+    assert_paths_agree(host, host.step())
+    assert host.path.nbytes > captured
+
+
+def test_graphs_cannot_outgrow_the_buffers_they_own(host):
+    host.path.reserve(2)
+    host.path.reserve(1)
+    with pytest.raises(RuntimeError, match="graphs of 4 rows, but buffers for 2"):
+        host.path.reserve(4)
+
+
+def test_padding_behind_the_batch_changes_nothing(host):
+    host.path.reserve(4)
+    host.add("a", 1, 300)
+    out = host.step()
+    host.path.begin(torch.tensor([1, 0, 0]), torch.tensor([301, 1, 1]), [24], 9)
+    q = torch.cat([host.q, torch.zeros(2, HEADS * GROUP, host.dim, dtype=torch.float16)])
+    padded = torch.full_like(q, torch.nan)
+    host.path.attend(0, q, host.dim**-0.5, padded)
+    torch.testing.assert_close(padded[:1], out, rtol=1e-3, atol=1e-3)
