@@ -68,14 +68,39 @@ def _row_lse_log2(
 
 
 @triton.jit
-def _rank_keys(
+def _load_sizes(
     item_begin,
     first_segment,  # of the row's, from which SEGMENTS are taken
     num_segments,
     head,
-    lse_log2,  # [BLOCK_GROUP]
     item_place_ptr,
     cluster_sizes_ptr,
+    NUM_KV_HEADS: tl.constexpr,
+    CLUSTERS: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+):
+    """[SEGMENTS, CLUSTERS] sizes, 0 behind the row's end."""
+    segment = first_segment + tl.arange(0, SEGMENTS)
+    mask = segment < num_segments
+    offs_cluster = tl.arange(0, CLUSTERS)
+    place = tl.load(item_place_ptr + item_begin + segment, mask=mask, other=0).to(tl.int64)
+    return tl.load(
+        cluster_sizes_ptr
+        + ((place * NUM_KV_HEADS + head) * CLUSTERS)[:, None]
+        + offs_cluster[None, :],
+        mask=mask[:, None],
+        other=0,
+    ).to(tl.int32)
+
+
+@triton.jit
+def _rank_keys(
+    sizes,  # [SEGMENTS, CLUSTERS]
+    item_begin,
+    first_segment,
+    num_segments,
+    head,
+    lse_log2,  # [BLOCK_GROUP]
     cluster_weight_ptr,
     weight_shift_ptr,
     NUM_KV_HEADS: tl.constexpr,
@@ -90,15 +115,6 @@ def _rank_keys(
     mask = segment < num_segments
     offs_cluster = tl.arange(0, CLUSTERS)
     item_head = (item_begin + segment).to(tl.int64) * NUM_KV_HEADS + head
-    place = tl.load(item_place_ptr + item_begin + segment, mask=mask, other=0).to(tl.int64)
-    # [SEGMENTS, CLUSTERS]
-    sizes = tl.load(
-        cluster_sizes_ptr
-        + ((place * NUM_KV_HEADS + head) * CLUSTERS)[:, None]
-        + offs_cluster[None, :],
-        mask=mask[:, None],
-        other=0,
-    ).to(tl.int32)
     rank = tl.zeros([SEGMENTS, CLUSTERS], tl.float32)
     for group in tl.static_range(GROUP):
         group_lse = tl.sum(tl.where(offs_group == group, lse_log2, 0.0), 0)
@@ -239,7 +255,10 @@ def _select_resident(
     item_begin,
     num_segments,
     head,
-    lse_log2,
+    part_begin,
+    part_end,
+    part_max_ptr,
+    part_sum_ptr,
     budget,
     clusters_ptr,
     item_place_ptr,
@@ -251,19 +270,46 @@ def _select_resident(
     BLOCK_GROUP: tl.constexpr,
     CLUSTERS: tl.constexpr,
     SEGMENTS: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Select among a row's clusters, at most SEGMENTS * CLUSTERS, held in registers.
 
     Returns the number of clusters listed and of tokens in all clusters.
     """
+    # what the coarse launch does not write is loaded before its end
+    sizes = _load_sizes(
+        item_begin,
+        0,
+        num_segments,
+        head,
+        item_place_ptr,
+        cluster_sizes_ptr,
+        NUM_KV_HEADS,
+        CLUSTERS,
+        SEGMENTS,
+    )
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
+    lse_log2 = _row_lse_log2(
+        part_max_ptr,
+        part_sum_ptr,
+        part_begin,
+        part_end,
+        head,
+        NUM_KV_HEADS,
+        GROUP,
+        BLOCK_GROUP,
+        BLOCK_PARTS,
+    )
     key, sizes = _rank_keys(
+        sizes,
         item_begin,
         0,
         num_segments,
         head,
         lse_log2,
-        item_place_ptr,
-        cluster_sizes_ptr,
         cluster_weight_ptr,
         weight_shift_ptr,
         NUM_KV_HEADS,
@@ -329,7 +375,10 @@ def _select_streamed(
     item_begin,
     num_segments,
     head,
-    lse_log2,
+    part_begin,
+    part_end,
+    part_max_ptr,
+    part_sum_ptr,
     budget,
     clusters_ptr,
     keys_ptr,  # the row's and head's scratch
@@ -343,22 +392,48 @@ def _select_streamed(
     BLOCK_GROUP: tl.constexpr,
     CLUSTERS: tl.constexpr,
     SEGMENTS: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """_select_resident for a row of any length: keys and sizes are read again in every trial."""
     BLOCK: tl.constexpr = SEGMENTS * CLUSTERS
     offs = tl.arange(0, BLOCK)
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
+    lse_log2 = _row_lse_log2(
+        part_max_ptr,
+        part_sum_ptr,
+        part_begin,
+        part_end,
+        head,
+        NUM_KV_HEADS,
+        GROUP,
+        BLOCK_GROUP,
+        BLOCK_PARTS,
+    )
     # a key of 32 bits and a size in one int64 keep a trial at one load
     best_key = tl.full([], -1, tl.int32)
     weighed_low = tl.zeros([], tl.int32)
     for first in range(0, num_segments, SEGMENTS):
+        sizes = _load_sizes(
+            item_begin,
+            first,
+            num_segments,
+            head,
+            item_place_ptr,
+            cluster_sizes_ptr,
+            NUM_KV_HEADS,
+            CLUSTERS,
+            SEGMENTS,
+        )
         key, sizes = _rank_keys(
+            sizes,
             item_begin,
             first,
             num_segments,
             head,
             lse_log2,
-            item_place_ptr,
-            cluster_sizes_ptr,
             cluster_weight_ptr,
             weight_shift_ptr,
             NUM_KV_HEADS,
@@ -531,12 +606,12 @@ def _cluster_selection_kernel(
     OVERLAP: tl.constexpr,
 ):
     """The first num_rows * NUM_KV_HEADS programs select; they or as many more merge."""
-    if OVERLAP:
-        gdc_wait()
-        gdc_launch_dependents()
     pid = tl.program_id(0)
     num_row_heads = num_rows * NUM_KV_HEADS
-    if pid >= num_row_heads or not MERGE_APART:
+    if pid >= num_row_heads:
+        if OVERLAP:
+            gdc_wait()
+            gdc_launch_dependents()
         _merge_row_head(
             pid % num_row_heads,
             chunk_indptr_ptr,
@@ -553,7 +628,6 @@ def _cluster_selection_kernel(
             BLOCK_D,
             PARTS_AT_ONCE,
         )
-    if pid >= num_row_heads:
         return
 
     row = pid // NUM_KV_HEADS
@@ -561,30 +635,44 @@ def _cluster_selection_kernel(
     item_begin = tl.load(item_indptr_ptr + row)
     num_segments = tl.load(item_indptr_ptr + row + 1) - item_begin
     budget = tl.minimum(tl.load(token_budget_ptr + row), budget_capacity)
+    part_begin = tl.load(chunk_indptr_ptr + row)
+    part_end = tl.load(chunk_indptr_ptr + row + 1)
     if num_segments == 0:
+        if OVERLAP:
+            gdc_wait()
+            gdc_launch_dependents()
         tl.store(num_selected_clusters_ptr + pid, 0)
         tl.store(num_selected_tokens_ptr + pid, 0)
         tl.store(num_clustered_tokens_ptr + pid, 0)
+        if not MERGE_APART:
+            _merge_row_head(
+                pid % num_row_heads,
+                chunk_indptr_ptr,
+                part_max_ptr,
+                part_sum_ptr,
+                part_acc_ptr,
+                merged_max_ptr,
+                merged_sum_ptr,
+                merged_acc_ptr,
+                NUM_KV_HEADS,
+                GROUP,
+                HEAD_DIM,
+                BLOCK_GROUP,
+                BLOCK_D,
+                PARTS_AT_ONCE,
+            )
         return
 
-    lse_log2 = _row_lse_log2(
-        part_max_ptr,
-        part_sum_ptr,
-        tl.load(chunk_indptr_ptr + row),
-        tl.load(chunk_indptr_ptr + row + 1),
-        head,
-        NUM_KV_HEADS,
-        GROUP,
-        BLOCK_GROUP,
-        BLOCK_PARTS,
-    )
     clusters_ptr = selected_clusters_ptr + pid.to(tl.int64) * cluster_capacity
     if num_segments <= FEW_SEGMENTS:
         num_clusters, num_clustered_tokens = _select_resident(
             item_begin,
             num_segments,
             head,
-            lse_log2,
+            part_begin,
+            part_end,
+            part_max_ptr,
+            part_sum_ptr,
             budget,
             clusters_ptr,
             item_place_ptr,
@@ -596,13 +684,18 @@ def _cluster_selection_kernel(
             BLOCK_GROUP,
             CLUSTERS,
             FEW_SEGMENTS,
+            BLOCK_PARTS,
+            OVERLAP,
         )
     elif STREAMS and num_segments > MANY_SEGMENTS:
         num_clusters, num_clustered_tokens = _select_streamed(
             item_begin,
             num_segments,
             head,
-            lse_log2,
+            part_begin,
+            part_end,
+            part_max_ptr,
+            part_sum_ptr,
             budget,
             clusters_ptr,
             cluster_keys_ptr + (item_begin.to(tl.int64) * NUM_KV_HEADS + head) * CLUSTERS,
@@ -616,13 +709,18 @@ def _cluster_selection_kernel(
             BLOCK_GROUP,
             CLUSTERS,
             MANY_SEGMENTS,
+            BLOCK_PARTS,
+            OVERLAP,
         )
     else:
         num_clusters, num_clustered_tokens = _select_resident(
             item_begin,
             num_segments,
             head,
-            lse_log2,
+            part_begin,
+            part_end,
+            part_max_ptr,
+            part_sum_ptr,
             budget,
             clusters_ptr,
             item_place_ptr,
@@ -634,6 +732,8 @@ def _cluster_selection_kernel(
             BLOCK_GROUP,
             CLUSTERS,
             MANY_SEGMENTS,
+            BLOCK_PARTS,
+            OVERLAP,
         )
     # the list is read back by other threads of the block
     tl.debug_barrier()
@@ -657,6 +757,23 @@ def _cluster_selection_kernel(
     tl.store(num_selected_clusters_ptr + pid, num_clusters)
     tl.store(num_selected_tokens_ptr + pid, num_tokens)
     tl.store(num_clustered_tokens_ptr + pid, num_clustered_tokens)
+    if not MERGE_APART:
+        _merge_row_head(
+            pid % num_row_heads,
+            chunk_indptr_ptr,
+            part_max_ptr,
+            part_sum_ptr,
+            part_acc_ptr,
+            merged_max_ptr,
+            merged_sum_ptr,
+            merged_acc_ptr,
+            NUM_KV_HEADS,
+            GROUP,
+            HEAD_DIM,
+            BLOCK_GROUP,
+            BLOCK_D,
+            PARTS_AT_ONCE,
+        )
 
 
 def cluster_selection(
