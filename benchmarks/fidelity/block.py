@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 
 from benchmarks.fidelity.rope import RopeTable
 
@@ -33,12 +34,12 @@ def decode_blocks(first: int, end: int) -> Iterator[tuple[int, int, int]]:
 class Attended:
     """A method's answer for a block of Q steps.
 
-    out [H, G, Q, D]; mass [H, G, Q], the part of the true softmax on exactly attended tokens;
+    out [H, G, Q, D]; exact_lse [H, G, Q], log-sum-exp of the exactly attended tokens;
     tokens [H, Q], exact tokens beside the sinks and the recent ones; index_bytes a head and step.
     """
 
     out: torch.Tensor
-    mass: torch.Tensor
+    exact_lse: torch.Tensor
     tokens: torch.Tensor
     index_bytes: float
 
@@ -72,8 +73,9 @@ class Block:
         h, g, n, d = self.queries.shape
         flat = self.queries.reshape(h, g * n, d) * self.sm_scale
         scores = (flat @ self.keys.mT).view(h, g, n, -1)
-        seen = torch.arange(scores.shape[-1], device=scores.device) <= self.positions[:, None]
-        return scores.masked_fill_(~seen, float("-inf"))
+        recent = torch.arange(self.extent, scores.shape[-1], device=scores.device)
+        scores[..., self.extent :].masked_fill_(recent > self.positions[:, None], float("-inf"))
+        return scores
 
     @cached_property
     def candidates(self) -> torch.Tensor:
@@ -111,15 +113,16 @@ class Block:
             tail: [H, G, Q, K] log-weights of the stand-ins, -inf for none.
             tail_values: [H, K, D].
         """
-        scores = self.logits.clone()
-        middle = scores[..., NUM_SINKS : self.extent]
-        middle.masked_fill_(~chosen[:, None], float("-inf"))
-        exact_lse = scores.logsumexp(-1)
+        exact = F.pad(chosen, (NUM_SINKS, self.logits.shape[-1] - self.extent), value=True)
+        scores = self.logits.masked_fill(~exact[:, None], float("-inf"))
+        top = scores.amax(-1, keepdim=True)
+        weights = scores.sub_(top).exp_()
+        exact_lse = weights.sum(-1).log() + top[..., 0]
         lse = exact_lse if tail is None else torch.logaddexp(exact_lse, tail.logsumexp(-1))
-        out = self._weigh(scores.sub_(lse[..., None]).exp_(), self.values)
+        out = self._weigh(weights, self.values) * (top - lse[..., None]).exp()
         if tail is not None:
             out = out + self._weigh((tail - lse[..., None]).exp(), tail_values)
-        return Attended(out, (exact_lse - self.dense_lse).exp(), chosen.sum(-1), index_bytes)
+        return Attended(out, exact_lse, chosen.sum(-1), index_bytes)
 
     @staticmethod
     def _weigh(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

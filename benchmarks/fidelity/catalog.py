@@ -12,6 +12,7 @@ from benchmarks.fidelity.methods.multipole import Multipole, MultipoleChoices
 from benchmarks.fidelity.methods.oracle import OracleTopK
 from benchmarks.fidelity.methods.paper import PaperMultipole
 from benchmarks.fidelity.methods.quest import Quest
+from benchmarks.fidelity.methods.two_level import TwoLevel
 from benchmarks.fidelity.methods.window import SinksAndWindow
 
 DEFAULT = MultipoleChoices()
@@ -72,6 +73,59 @@ VARIANTS: dict[str, dict] = {
 }
 
 
+S2048 = {"segment_size": 2048}
+VARIANTS |= {
+    "half-whitened": {"clustering": {"metric": "half-whitened"}},
+    "whitened": {"clustering": {"metric": "whitened"}},
+    "values-25": {"value_fraction": 0.25},
+    "heads": {"rule": "heads", "cap_factor": 2.0},
+    "2048-half-whitened": {"clustering": S2048 | {"metric": "half-whitened"}},
+    "2048-joint": {"clustering": S2048 | {"features": "joint"}},
+    "2048-lloyd-10": {"clustering": S2048 | {"num_lloyd_iters": 10}},
+    "2048-ratio-12": {"clustering": S2048 | {"tokens_per_cluster": 12, "max_cluster_size": 48}},
+    "2048-ratio-24": {"clustering": S2048 | {"tokens_per_cluster": 24, "max_cluster_size": 96}},
+    "2048-cap-32": {"clustering": S2048 | {"max_cluster_size": 32}},
+    "2048-values-25": {"clustering": S2048, "value_fraction": 0.25},
+    "2048-fill": {"clustering": S2048, "rule": "fill"},
+    "2048-max": {"clustering": S2048, "group": "max"},
+    "2048-corrected": {"clustering": S2048, "score": "corrected"},
+    "2048-optimistic": {"clustering": S2048, "score": "optimistic"},
+    "2048-residual": {"clustering": S2048, "score": "residual"},
+    "2048-pair": {"clustering": S2048, "variance": "pair", "max_variance": 2.0},
+    "2048-pooled": {"clustering": S2048, "variance": "pooled", "max_variance": 2.0},
+    "2048-pair-residual-fill": {
+        "clustering": S2048,
+        "variance": "pair",
+        "max_variance": 2.0,
+        "score": "residual",
+        "rule": "fill",
+    },
+    "2048-pair-corrected-fill": {
+        "clustering": S2048,
+        "variance": "pair",
+        "max_variance": 2.0,
+        "score": "corrected",
+        "rule": "fill",
+    },
+    "2048-isotropic-optimistic-fill": {
+        "clustering": S2048,
+        "score": "optimistic",
+        "rule": "fill",
+    },
+    "2048-seed-1": {"clustering": S2048 | {"seed": 1}},
+    "2048-bf16": {"clustering": S2048, "number_format": "bf16"},
+}
+
+# name -> clustering of the fine level, part of it that is read
+FINE = Clustering(tokens_per_cluster=8, max_cluster_size=32)
+TWO_LEVEL = {
+    "two-level": (FINE, 0.375),
+    "two-level-25": (FINE, 0.25),
+    "2048-two-level": (replace(FINE, segment_size=2048), 0.375),
+    "2048-two-level-25": (replace(FINE, segment_size=2048), 0.25),
+}
+
+
 def ours(name: str = "ours", calibration: Calibration | None = None, **changes) -> Multipole:
     """The definition in reference.py with 8-bit centroids, with some choices changed."""
     clustering = replace(Clustering(), **changes.pop("clustering", {}))
@@ -97,6 +151,8 @@ def methods(names: list[str] | None = None, calibration: Calibration | None = No
     catalog = {m.name: m for m in [*rivals(), ours()]}
     for name, changes in VARIANTS.items():
         catalog[name] = ours(name, calibration, **changes)
+    for name, (clustering, refined) in TWO_LEVEL.items():
+        catalog[name] = TwoLevel(name, clustering, refined=refined)
     unknown = set(names or []) - set(catalog)
     if unknown:
         raise ValueError(f"catalog: unknown methods {sorted(unknown)}; there are {list(catalog)}")

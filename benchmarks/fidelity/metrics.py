@@ -15,8 +15,8 @@ from benchmarks.fidelity.methods.base import Method, paper_bytes
 
 @dataclass(frozen=True)
 class AttentionErrors:
-    """Per decoded position: error [LH, G, N], |out - dense out| / |dense out|; mass [LH, G, N];
-    tokens [LH, N] exact; bytes [N], read per head, of the sinks and recent tokens none."""
+    """Per decoded position: error [LH, G, N], |out - dense out| / |dense out|; mass [LH, G, N],
+    the part of the true softmax on exactly attended tokens; tokens [LH, N] exact; bytes [N], read per head, of the sinks and recent tokens none."""
 
     error: torch.Tensor
     mass: torch.Tensor
@@ -44,14 +44,16 @@ class Divergence:
         return int(different[0]) if len(different) else len(self.agrees)
 
 
-def block_at(capture: Capture, begin: int, end: int, extent: int, heads: slice) -> Block:
-    """The captured decode positions [begin, end), which see clusters up to extent."""
+def block_at(
+    capture: Capture, begin: int, end: int, extent: int, heads: slice, stride: int = 1
+) -> Block:
+    """Every stride-th captured decode position of [begin, end); they see clusters up to extent."""
     offset = begin - capture.prefix_len
     return Block(
-        queries=capture.queries[heads, :, offset : offset + end - begin],
+        queries=capture.queries[heads, :, offset : offset + end - begin : stride],
         keys=capture.keys[heads, :end],
         values=capture.values[heads, :end],
-        positions=torch.arange(begin, end, device=capture.keys.device),
+        positions=torch.arange(begin, end, stride, device=capture.keys.device),
         extent=extent,
         rope=capture.rope,
         sm_scale=capture.sm_scale,
@@ -67,19 +69,24 @@ def attention_errors(
     exact_tokens: int,
     indexes: IndexStore,
     heads_at_once: int = 15,
+    stride: int = 1,
 ) -> AttentionErrors:
-    """The method on the captured (dense) queries, keys and values of all layers."""
+    """The method on captured (dense) queries, keys and values of all layers.
+
+    stride: test every stride-th decode position only.
+    """
     num_heads = capture.keys.shape[0]
     columns = []
     for begin, end, extent in decode_blocks(capture.prefix_len, len(capture.token_ids)):
         rows = []
         for first in range(0, num_heads, heads_at_once):
             heads = slice(first, min(first + heads_at_once, num_heads))
-            block = block_at(capture, begin, end, extent, heads)
+            block = block_at(capture, begin, end, extent, heads, stride)
             answer = method.attend(block, indexes, paper_bytes(block, exact_tokens))
             error = (answer.out - block.dense_out).norm(dim=-1) / block.dense_out.norm(dim=-1)
             read = answer.index_bytes + answer.tokens * 4 * block.keys.shape[-1]
-            rows.append((error, answer.mass, answer.tokens, read.float().mean(0)))
+            mass = (answer.exact_lse - block.dense_lse).exp()
+            rows.append((error, mass, answer.tokens, read.float().mean(0)))
         joined = [torch.cat(part) for part in list(zip(*rows, strict=True))[:3]]
         columns.append((*joined, torch.stack([r[3] for r in rows]).mean(0)))
     return AttentionErrors(*(torch.cat(part, -1) for part in zip(*columns, strict=True)))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import multiprocessing
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,9 +19,11 @@ from pathlib import Path
 import torch
 import transformers
 
+from benchmarks.fidelity.calibrate import fit_adaptive
 from benchmarks.fidelity.capture import Capture, capture
 from benchmarks.fidelity.catalog import methods, ours
 from benchmarks.fidelity.checkpoint import load_model
+from benchmarks.fidelity.generations import sample
 from benchmarks.fidelity.index_store import IndexStore
 from benchmarks.fidelity.methods.base import Method
 from benchmarks.fidelity.methods.features import Calibration
@@ -74,19 +77,19 @@ def versions(model: torch.nn.Module, path: str) -> dict[str, str]:
 
 
 def sweep_text(
-    model, text: Capture, chosen: list[Method], budgets: list[int], what: str
+    model, text: Capture, chosen: list[Method], budgets: list[int], what: list[str], stride: int
 ) -> Iterator[dict]:
     """Rows of all methods and budgets on one captured text."""
     shared: dict = {}
     whole = IndexStore(text, len(text.token_ids), shared)
     prefix = IndexStore(text, text.prefix_len, shared)
-    heads_at_once = len(text.keys) if text.keys.is_cuda else 15
+    heads_at_once = 45 if text.keys.is_cuda else 15
     for method in chosen:
         for budget in budgets:
             started = time.perf_counter()
             row = {"method": method.name, "budget": budget}
             if "attention" in what:
-                errors = attention_errors(text, method, budget, whole, heads_at_once)
+                errors = attention_errors(text, method, budget, whole, heads_at_once, stride)
                 row |= attention_row(errors, text.num_kv_heads)
             if "kl" in what:
                 row |= divergence_row(teacher_forced(model, text, method, budget, prefix))
@@ -97,6 +100,33 @@ def sweep_text(
             del shared[place]
 
 
+def run_text(model, text: dict, args: argparse.Namespace, calibration_ids: list[int]) -> None:
+    """All methods on one text; rows go to the CSV as they come."""
+    started = time.perf_counter()
+    torch.backends.cuda.matmul.allow_tf32 = False
+    model = model.to(args.device)
+    source = capture(model, calibration_ids[: args.tokens], args.decoded)
+    chosen = methods(args.methods, Calibration.of_capture(source))
+    for name in args.adaptive:
+        fixed = methods([name])[0]
+        chosen += fit_adaptive(source, fixed, args.budgets[-1])
+    del source
+    tokens = text["token_ids"][: args.tokens]
+    if args.greedy:
+        prompt = torch.tensor(tokens[: -args.decoded])
+        tokens = sample(model, [prompt], len(tokens), [], 0, temperature=0)[0].tolist()
+    dense = capture(model, tokens, args.decoded)
+    common = versions(model, args.model) | {"tokens": len(tokens), "decoded": args.decoded}
+    label = {key: text[key] for key in ("split", "kind", "name")} | {"greedy": args.greedy}
+    for row in sweep_text(model, dense, chosen, args.budgets, args.what, args.stride):
+        write_row(args.out, common | label | row)
+        numbers = (f"{k}={v:.4g}" for k, v in row.items() if isinstance(v, float))
+        print(text["name"], row["method"], row["budget"], *numbers, flush=True)
+        if time.perf_counter() - started > args.seconds:
+            print(f"out of time in {text['name']}")
+            return
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
@@ -105,39 +135,44 @@ def main() -> None:
     parser.add_argument("--split", default="test")
     parser.add_argument("--names", nargs="*", help="texts to run, all of the split if left out")
     parser.add_argument("--methods", nargs="*", help="all of the catalog if left out")
+    parser.add_argument("--adaptive", nargs="*", default=[], help="methods to fit budgets for")
     parser.add_argument("--budgets", nargs="*", type=int, default=[128, 512])
     parser.add_argument("--what", nargs="*", default=["attention", "kl"])
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--decoded", type=int, default=1024)
+    parser.add_argument("--stride", type=int, default=4, help="of positions for attention errors")
+    parser.add_argument("--greedy", action="store_true", help="let the dense model write the end")
     parser.add_argument("--layers", type=int, help="keep the model's first layers only")
     parser.add_argument("--calibrate-on", default="argparse", help="a text of the dev split")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seconds", type=float, default=1e9, help="stop after these")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--processes", type=int, default=1, help="texts at a time, on one device")
+    parser.add_argument("--seconds", type=float, default=1e9, help="stop a text after these")
     args = parser.parse_args()
 
-    torch.backends.cuda.matmul.allow_tf32 = False
-    started = time.perf_counter()
-    model = load_model(args.model, args.device, args.layers)
+    torch.set_num_threads(torch.get_num_threads() if args.processes == 1 else 1)
+    model = load_model(args.model, num_layers=args.layers)
     texts = json.loads(args.texts.read_text())
-    source = next((t for t in texts if t["name"] == args.calibrate_on), None)
-    calibration = None
-    if source is not None:
-        tokens = source["token_ids"][: args.tokens]
-        calibration = Calibration.of_capture(capture(model, tokens, args.decoded))
-    chosen = methods(args.methods, calibration)
-    common = versions(model, args.model) | {"tokens": args.tokens, "decoded": args.decoded}
-    for text in texts:
-        if text["split"] != args.split or (args.names and text["name"] not in args.names):
-            continue
-        dense = capture(model, text["token_ids"][: args.tokens], args.decoded)
-        label = {key: text[key] for key in ("split", "kind", "name")}
-        for row in sweep_text(model, dense, chosen, args.budgets, args.what):
-            write_row(args.out, common | label | row)
-            numbers = (f"{k}={v:.4g}" for k, v in row.items() if isinstance(v, float))
-            print(text["name"], row["method"], row["budget"], *numbers, flush=True)
-            if time.perf_counter() - started > args.seconds:
-                print("out of time")
-                return
+    calibration = next(t["token_ids"] for t in texts if t["name"] == args.calibrate_on)
+    jobs = [
+        (model, t, args, calibration)
+        for t in texts
+        if t["split"] == args.split and (not args.names or t["name"] in args.names)
+    ]
+    if args.processes == 1:
+        for job in jobs:
+            run_text(*job)
+        return
+    # forked before the device is touched: the model is loaded once
+    context = multiprocessing.get_context("fork")
+    running = []
+    for job in jobs:
+        while len(running) >= args.processes:
+            running = [p for p in running if p.is_alive()]
+            time.sleep(0.1)
+        running.append(context.Process(target=run_text, args=job))
+        running[-1].start()
+    for process in running:
+        process.join()
 
 
 def write_row(path: Path, row: dict) -> None:

@@ -8,7 +8,7 @@ import torch
 from multipole_kernels import reference
 
 from benchmarks.fidelity.index_store import SegmentClusters
-from benchmarks.fidelity.methods.features import Calibration, cluster_features
+from benchmarks.fidelity.methods.features import WHITENING, Calibration, cluster_features
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,10 @@ class SegmentClusterer:
         choice = self.clustering
         num_clusters = max(1, round(keys.shape[-2] / choice.tokens_per_cluster))
         metric_root = None
-        if choice.metric != "euclidean":
+        whitening = WHITENING.get(choice.metric)
+        if choice.metric != "euclidean" and whitening is None:
             metric_root = self.calibration.roots[choice.metric][heads]
-        features = cluster_features(keys, begin, rope, choice.features, metric_root)
+        features = cluster_features(keys, begin, rope, choice.features, metric_root, whitening)
         max_size = choice.max_cluster_size or keys.shape[-2] + 1
         # the cap cannot hold in a segment too short to have clusters to dissolve
         max_size = max(max_size, -(-keys.shape[-2] // num_clusters) * 2)

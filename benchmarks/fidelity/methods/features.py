@@ -1,8 +1,9 @@
 """What k-means looks at: the keys without position, with position, or both, and in what metric.
 
 A metric weighs directions by how much queries use them. It enters by multiplying the features
-by its square root, so k-means stays Euclidean. Metrics are measured on another text (calibration)
-and are quantities of the model, never of a user's traffic.
+by its square root, so k-means stays Euclidean. Metrics of the queries are measured on another text
+(calibration) and are quantities of the model, never of a user's traffic; whitening uses the
+segment's own keys.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from benchmarks.fidelity.capture import Capture
 from benchmarks.fidelity.rope import RopeTable
 
 FEATURES = ("content", "rotated", "joint")
-METRICS = ("euclidean", "moment", "tempered", "pair", "ridge")
+METRICS = ("euclidean", "moment", "tempered", "pair", "ridge", "whitened", "half-whitened")
+# exponent of the segment's own key covariance that the features are multiplied by
+WHITENING = {"whitened": -0.5, "half-whitened": -0.25}
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ def cluster_features(
     rope: RopeTable,
     features: str,
     metric_root: torch.Tensor | None,
+    whitening: float | None = None,
 ) -> torch.Tensor:
     """[H, T, D or 2D] of keys [H, T, D] at positions begin and on."""
     positions = torch.arange(begin, begin + keys.shape[-2], device=keys.device)
@@ -68,4 +72,16 @@ def cluster_features(
         parts.append(keys)
     if metric_root is not None:
         parts = [p @ metric_root for p in parts]
+    if whitening is not None:
+        parts = [whiten(p, whitening) for p in parts]
     return torch.cat(parts, -1)
+
+
+def whiten(features: torch.Tensor, exponent: float) -> torch.Tensor:
+    """features [H, T, D] times a power of their own covariance: rare directions count more."""
+    centered = features - features.mean(-2, keepdim=True)
+    covariance = centered.mT @ centered / features.shape[-2]
+    dim = covariance.shape[-1]
+    scale = covariance.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+    ridge = 0.01 * torch.eye(dim, device=features.device)
+    return centered @ matrix_power(covariance / scale + ridge, exponent)

@@ -1,4 +1,4 @@
-"""Ours, with every choice open: clusters of content in sealed segments, seen with their position."""
+"""Ours, with every choice open: clusters of content in segments, seen with their position."""
 
 from __future__ import annotations
 
@@ -31,6 +31,9 @@ class MultipoleChoices:
     # budget of each layer over the mean budget; None for equal ones
     layer_weights: tuple[float, ...] | None = None
     drop_tail: bool = False
+    # part of the clusters, by mass, whose value centroid is read; the mean value of its segment
+    # stands for the others
+    value_fraction: float = 1.0
 
 
 class Multipole(Method):
@@ -44,14 +47,17 @@ class Multipole(Method):
         """Read per head and step: both centroids, the size, and what the variance needs."""
         choices, head_dim = self.choices, block.keys.shape[-1]
         per_cluster = 2 * centroid_bytes(head_dim, choices.number_format) + COUNT_BYTES
-        if choices.drop_tail:
-            per_cluster = centroid_bytes(head_dim, choices.number_format) + COUNT_BYTES
+        value_part = 0.0 if choices.drop_tail else choices.value_fraction
+        per_cluster -= (1 - value_part) * centroid_bytes(head_dim, choices.number_format)
         if choices.variance in ("isotropic", "pair", "pooled"):
             per_cluster += tail.VARIANCE_BYTES
-        per_segment = {"pair": head_dim // 2 * 2, "pooled": head_dim * head_dim * 2}
+        shapes = {"pair": head_dim // 2 * 2, "pooled": head_dim * head_dim * 2}
+        per_segment = shapes.get(choices.variance, 0)
+        if value_part < 1:
+            per_segment += 2 * head_dim
         segments = -(-block.extent // choices.clustering.segment_size)
         clusters = block.num_clustered / choices.clustering.tokens_per_cluster
-        return clusters * per_cluster + segments * per_segment.get(choices.variance, 0)
+        return clusters * per_cluster + segments * per_segment
 
     def attend(self, block, indexes, byte_budget):
         segments = indexes.segments(block, self.clusterer)
@@ -68,7 +74,10 @@ class Multipole(Method):
             return block.attend(chosen, index_bytes)
         rest = log_mass.masked_fill(chosen_clusters[:, None], float("-inf"))
         values = torch.cat([s.value_centroids for s in segments], -2)
-        return block.attend(chosen, index_bytes, rest, stored(values, self.choices.number_format))
+        values = stored(values, self.choices.number_format)
+        if self.choices.value_fraction < 1:
+            rest, values = coarse_values(rest, values, segments, self.choices.value_fraction)
+        return block.attend(chosen, index_bytes, rest, values)
 
     def estimate(self, block, segments, sizes):
         """[H, G, Q, K] logits of the centroids, variance of the logits, log of the mass."""
@@ -88,6 +97,10 @@ class Multipole(Method):
         choices = self.choices
         if choices.layer_weights is not None:
             return self._select_by_layer(block, ranks, sizes, budget)
+        if choices.rule == "heads":
+            return selection.take_together(
+                ranks, sizes, budget, block.num_kv_heads, choices.cap_factor
+            )
         cap = int(budget * choices.cap_factor)
         return selection.take(ranks, sizes, cap, choices.rule, choices.threshold)
 
@@ -108,3 +121,34 @@ def members_of(clusters: torch.Tensor, segments: list[SegmentClusters]) -> torch
         parts.append(clusters[..., begin:end].gather(-1, ids))
         begin = end
     return torch.cat(parts, -1)
+
+
+def coarse_values(
+    rest: torch.Tensor, values: torch.Tensor, segments: list[SegmentClusters], fraction: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keep the value centroids of the heaviest clusters; the others share their segment's mean.
+
+    Args:
+        rest: [H, G, Q, K] log of the mass of the clusters not attended to exactly.
+        values: [H, K, D].
+
+    Returns:
+        The same with one more column per segment, its mean value and the mass of the others.
+    """
+    mass = rest.logsumexp(1)
+    count = max(1, int(fraction * mass.shape[-1]))
+    kept = torch.zeros_like(mass, dtype=torch.bool)
+    kept = kept.scatter_(-1, mass.topk(count, dim=-1).indices, True)[:, None]
+    light = rest.masked_fill(kept, float("-inf"))
+    columns, means, begin = [], [], 0
+    for segment in segments:
+        end = begin + segment.sizes.shape[-1]
+        columns.append(light[..., begin:end].logsumexp(-1))
+        weight = segment.sizes / segment.sizes.sum(-1, keepdim=True)
+        means.append((weight[..., None] * values[:, begin:end]).sum(-2))
+        begin = end
+    heavy = rest.masked_fill(~kept, float("-inf"))
+    return (
+        torch.cat([heavy, torch.stack(columns, -1)], -1),
+        torch.cat([values, torch.stack(means, -2)], -2),
+    )

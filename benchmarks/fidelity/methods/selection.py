@@ -6,7 +6,7 @@ import torch
 
 SCORES = ("share", "centroid-share", "corrected", "residual", "optimistic", "mass")
 GROUPS = ("sum", "max")
-RULES = ("prefix", "fill", "threshold")
+RULES = ("prefix", "fill", "threshold", "heads")
 
 
 def rank_score(
@@ -77,3 +77,23 @@ def take(
         taken = taken & (ranks.gather(-1, order) >= threshold)
     chosen = torch.zeros_like(taken).scatter_(-1, order, taken)
     return chosen & nonempty
+
+
+def take_together(
+    ranks: torch.Tensor,
+    sizes: torch.Tensor,
+    budget: int,
+    num_kv_heads: int,
+    cap_factor: float,
+) -> torch.Tensor:
+    """As prefix, with one budget of num_kv_heads * budget tokens for the heads of a layer.
+
+    No head takes more than cap_factor * budget tokens. ranks [H, Q, K], sizes [H, K].
+    """
+    capped = take(ranks, sizes, int(cap_factor * budget))
+    ranks = ranks.masked_fill(~capped, 0.0)
+    together = ranks.unflatten(0, (-1, num_kv_heads)).transpose(1, 2).flatten(-2)
+    joint_sizes = sizes.unflatten(0, (-1, num_kv_heads)).flatten(-2)
+    chosen = take(together, joint_sizes, num_kv_heads * budget)
+    chosen = chosen.unflatten(-1, (num_kv_heads, -1)).transpose(1, 2).flatten(0, 1)
+    return chosen & capped
