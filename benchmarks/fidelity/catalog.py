@@ -93,6 +93,18 @@ VARIANTS |= {
     "2048-residual": {"clustering": S2048, "score": "residual"},
     "2048-pair": {"clustering": S2048, "variance": "pair", "max_variance": 2.0},
     "2048-pooled": {"clustering": S2048, "variance": "pooled", "max_variance": 2.0},
+    "pair-residual-fill": {
+        "variance": "pair",
+        "max_variance": 2.0,
+        "score": "residual",
+        "rule": "fill",
+    },
+    "2048-pair-residual": {
+        "clustering": S2048,
+        "variance": "pair",
+        "max_variance": 2.0,
+        "score": "residual",
+    },
     "2048-pair-residual-fill": {
         "clustering": S2048,
         "variance": "pair",

@@ -10,6 +10,9 @@ import torch
 from benchmarks.fidelity.block import NUM_SINKS, Block
 from benchmarks.fidelity.capture import Capture
 
+# of a capture's row of heads, so that the distances of a long window fit in memory
+HEADS_AT_ONCE = 30
+
 
 @dataclass(frozen=True)
 class SegmentClusters:
@@ -71,5 +74,13 @@ class IndexStore:
         place = (builder.key, begin, end)
         if place not in self.built:
             keys, values = self.capture.keys[:, begin:end], self.capture.values[:, begin:end]
-            self.built[place] = builder.build(keys, values, begin, self.capture.rope, slice(None))
+            parts = []
+            for first in range(0, len(keys), HEADS_AT_ONCE):
+                heads = slice(first, min(first + HEADS_AT_ONCE, len(keys)))
+                parts.append(
+                    builder.build(keys[heads], values[heads], begin, self.capture.rope, heads)
+                )
+            names = [f.name for f in fields(parts[0])]
+            columns = [torch.cat([getattr(p, name) for p in parts]) for name in names]
+            self.built[place] = type(parts[0])(*columns)
         return self.built[place]

@@ -16,7 +16,8 @@ from benchmarks.fidelity.methods.base import Method, paper_bytes
 @dataclass(frozen=True)
 class AttentionErrors:
     """Per decoded position: error [LH, G, N], |out - dense out| / |dense out|; mass [LH, G, N],
-    the part of the true softmax on exactly attended tokens; tokens [LH, N] exact; bytes [N], read per head, of the sinks and recent tokens none."""
+    the part of the true softmax on exactly attended tokens; tokens [LH, N] exact; bytes [N] read
+    per head; the sinks and the recent tokens are in neither."""
 
     error: torch.Tensor
     mass: torch.Tensor
