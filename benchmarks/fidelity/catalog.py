@@ -85,6 +85,10 @@ VARIANTS |= {
     "2048-ratio-12": {"clustering": S2048 | {"tokens_per_cluster": 12, "max_cluster_size": 48}},
     "2048-ratio-24": {"clustering": S2048 | {"tokens_per_cluster": 24, "max_cluster_size": 96}},
     "2048-cap-32": {"clustering": S2048 | {"max_cluster_size": 32}},
+    "2048-cap-none": {"clustering": S2048 | {"max_cluster_size": None}},
+    "2048-cap-128": {"clustering": S2048 | {"max_cluster_size": 128}},
+    "2048-cap-256": {"clustering": S2048 | {"max_cluster_size": 256}},
+    "cap-128": {"clustering": {"max_cluster_size": 128}},
     "2048-values-25": {"clustering": S2048, "value_fraction": 0.25},
     "2048-fill": {"clustering": S2048, "rule": "fill"},
     "2048-max": {"clustering": S2048, "group": "max"},
@@ -126,6 +130,25 @@ VARIANTS |= {
     },
     "2048-seed-1": {"clustering": S2048 | {"seed": 1}},
     "2048-bf16": {"clustering": S2048, "number_format": "bf16"},
+}
+
+PAIR_RESIDUAL_FILL = {
+    "variance": "pair",
+    "max_variance": 2.0,
+    "score": "residual",
+    "rule": "fill",
+}
+VARIANTS |= {
+    "2048-prf-ratio-8": PAIR_RESIDUAL_FILL
+    | {"clustering": S2048 | {"tokens_per_cluster": 8, "max_cluster_size": 32}},
+    "2048-prf-ratio-8-cap-64": PAIR_RESIDUAL_FILL
+    | {"clustering": S2048 | {"tokens_per_cluster": 8, "max_cluster_size": 64}},
+    "2048-prf-ratio-12": PAIR_RESIDUAL_FILL
+    | {"clustering": S2048 | {"tokens_per_cluster": 12, "max_cluster_size": 64}},
+    "2048-prf-cap-128": PAIR_RESIDUAL_FILL | {"clustering": S2048 | {"max_cluster_size": 128}},
+    "2048-prf-joint": PAIR_RESIDUAL_FILL | {"clustering": S2048 | {"features": "joint"}},
+    "4096-prf": PAIR_RESIDUAL_FILL | {"clustering": {"segment_size": 4096}},
+    "offline-prf": PAIR_RESIDUAL_FILL | {"clustering": {"segment_size": 8192}},
 }
 
 # name -> clustering of the fine level, part of it that is read

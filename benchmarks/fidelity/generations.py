@@ -28,6 +28,9 @@ PROMPTS = {
     "of a polygon, 3) the area of a circle's segment, 4) how many primes there are below 200.",
 }
 
+# tokens of a prompt that go through the model at once
+PROMPT_CHUNK = 512
+
 
 class DecodeBuffer:
     """Keys and values of all layers [num_layers, batch, num_kv_heads, max_len, head_dim]."""
@@ -40,7 +43,7 @@ class DecodeBuffer:
         self.length = 0
 
     def attend(self, module, query, key, value, attention_mask, scaling, **_):
-        """Attention of one new token, or of a whole prompt when the buffer is empty."""
+        """Causal attention of new tokens [batch, num_q_heads, new, head_dim] to all so far."""
         layer, new = module.layer_idx, key.shape[2]
         end = self.length + new
         self.keys[layer, :, :, self.length : end] = key
@@ -55,6 +58,14 @@ class DecodeBuffer:
             scores = scores.view(*grouped.shape[:3], end)
         out = scores.softmax(-1) @ values
         return out.view(batch, num_q_heads, new, head_dim).transpose(1, 2), None
+
+
+def _forward(model, buffer: DecodeBuffer, new: torch.Tensor) -> torch.Tensor:
+    """[batch, vocabulary] float32 logits after the new tokens [batch, n]."""
+    positions = torch.arange(buffer.length, buffer.length + new.shape[1], device=model.device)
+    out = model(new, position_ids=positions.expand_as(new), use_cache=False, logits_to_keep=1)
+    buffer.length += new.shape[1]
+    return out.logits[:, -1].float()
 
 
 @torch.inference_mode()
@@ -75,15 +86,11 @@ def sample(
     ALL_ATTENTION_FUNCTIONS.register("fidelity_generation", buffer.attend)
     model.set_attn_implementation("fidelity_generation")
     generator = torch.Generator(model.device).manual_seed(seed)
-    new = tokens
+    *chunks, new = tokens.split(PROMPT_CHUNK, 1)
+    for chunk in chunks:
+        _forward(model, buffer, chunk)
     while tokens.shape[1] < num_tokens:
-        positions = torch.arange(buffer.length, buffer.length + new.shape[1], device=model.device)
-        out = (
-            model(new, position_ids=positions.expand_as(new), use_cache=False, logits_to_keep=1)
-            .logits[:, -1]
-            .float()
-        )
-        buffer.length += new.shape[1]
+        out = _forward(model, buffer, new)
         out[:, forbidden] = float("-inf")
         if temperature == 0:
             new = out.argmax(-1, keepdim=True)
