@@ -117,7 +117,8 @@ def run_text(model, text: dict, args: argparse.Namespace, calibration_ids: list[
         tokens = sample(model, [prompt], len(tokens), [], 0, temperature=0)[0].tolist()
     dense = capture(model, tokens, args.decoded)
     common = versions(model, args.model) | {"tokens": len(tokens), "decoded": args.decoded}
-    label = {key: text[key] for key in ("split", "kind", "name")} | {"greedy": args.greedy}
+    label = {key: text[key] for key in ("seed", "split", "kind", "name")}
+    label |= {"greedy": args.greedy, "stride": args.stride}
     for row in sweep_text(model, dense, chosen, args.budgets, args.what, args.stride):
         write_row(args.out, common | label | row)
         numbers = (f"{k}={v:.4g}" for k, v in row.items() if isinstance(v, float))

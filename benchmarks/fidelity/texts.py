@@ -108,7 +108,8 @@ def all_texts(tokenize: Tokenize, tokens: int, decoded: int, seed: int = 0) -> l
     def add(split: str, kind: str, name: str, ids: list[int]) -> None:
         if len(ids) < tokens:
             raise ValueError(f"texts: {name} has {len(ids)} tokens, {tokens} are needed")
-        rows.append({"split": split, "kind": kind, "name": name, "token_ids": ids[:tokens]})
+        label = {"seed": seed, "split": split, "kind": kind, "name": name}
+        rows.append(label | {"token_ids": ids[:tokens]})
 
     def cut(text: str) -> list[int]:
         return tokenize(text[: 10 * tokens])
@@ -156,7 +157,8 @@ def main() -> None:
     for row in json.loads(args.generations.read_text()) if args.generations else []:
         split = row["name"].split("-")[0]
         ids = row["token_ids"][: args.tokens]
-        rows.append({"split": split, "kind": "generation", "name": row["name"], "token_ids": ids})
+        label = {"seed": args.seed, "split": split, "kind": "generation", "name": row["name"]}
+        rows.append(label | {"token_ids": ids})
     args.out.write_text(json.dumps(rows))
     for row in rows:
         print(f"{row['split']:5} {row['kind']:10} {row['name']:15} {len(row['token_ids'])} tokens")
