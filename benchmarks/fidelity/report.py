@@ -16,7 +16,6 @@ from pathlib import Path
 Rows = list[dict[str, str]]
 LABELS = {
     "paper": "paper",
-    "squeezed": "paper, tail dropped",
     "quest": "Quest",
     "oracle": "oracle tokens",
     "ours": "ours, segments of 1024",
@@ -79,10 +78,12 @@ def plot(rows: Rows, column: str, title: str, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     kinds = sorted({r["kind"] for r in rows})
+    # only texts that the last method was run on, so that all lines are of the same texts
+    complete = list(LABELS)[-1]
     figure, axes = plt.subplots(1, len(kinds), figsize=(4 * len(kinds), 3.6), squeeze=False)
     for axis, kind in zip(axes[0], kinds, strict=True):
-        texts = {r["name"] for r in rows if r["kind"] == kind and r["method"] == "paper"}
-        for method, label in LABELS.items():
+        texts = {r["name"] for r in rows if r["kind"] == kind and r["method"] == complete}
+        for i, (method, label) in enumerate(LABELS.items()):
             points = defaultdict(list)
             for r in rows:
                 if r["kind"] == kind and r["method"] == method and r["name"] in texts:
@@ -93,7 +94,7 @@ def plot(rows: Rows, column: str, title: str, path: Path) -> None:
             ]
             drawn = [p for p in drawn if not math.isnan(sum(p))]
             if drawn:
-                axis.plot(*zip(*drawn, strict=True), marker="o", label=label)
+                axis.plot(*zip(*drawn, strict=True), marker="o", color=f"C{i}", label=label)
         axis.set(title=kind, xlabel="KiB read per KV head and step", yscale="log")
     axes[0][0].set_ylabel(title)
     handles, labels = axes[0][0].get_legend_handles_labels()
