@@ -100,17 +100,21 @@ def sweep_text(
             del shared[place]
 
 
-def run_text(model, text: dict, args: argparse.Namespace, calibration_ids: list[int]) -> None:
+def run_text(
+    model, text: dict, args: argparse.Namespace, calibration_ids: list[int] | None
+) -> None:
     """All methods on one text; rows go to the CSV as they come."""
     started = time.perf_counter()
     torch.backends.cuda.matmul.allow_tf32 = False
     model = model.to(args.device)
-    source = capture(model, calibration_ids[: args.tokens], args.decoded)
-    chosen = methods(args.methods, Calibration.of_capture(source))
-    for name in args.adaptive:
-        fixed = methods([name])[0]
-        chosen += fit_adaptive(source, fixed, args.budgets[-1])
-    del source
+    if calibration_ids is None:
+        chosen = methods(args.methods)
+    else:
+        source = capture(model, calibration_ids[: args.tokens], args.decoded)
+        chosen = methods(args.methods, Calibration.of_capture(source))
+        for name in args.adaptive:
+            chosen += fit_adaptive(source, methods([name])[0], args.budgets[-1])
+        del source
     tokens = text["token_ids"][: args.tokens]
     if args.greedy:
         prompt = torch.tensor(tokens[: -args.decoded])
@@ -144,7 +148,9 @@ def main() -> None:
     parser.add_argument("--stride", type=int, default=4, help="of positions for attention errors")
     parser.add_argument("--greedy", action="store_true", help="let the dense model write the end")
     parser.add_argument("--layers", type=int, help="keep the model's first layers only")
-    parser.add_argument("--calibrate-on", default="argparse", help="a text of the dev split")
+    parser.add_argument(
+        "--calibrate-on", default="argparse", help="a text of the dev split; empty to skip"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--processes", type=int, default=1, help="texts at a time, on one device")
     parser.add_argument("--seconds", type=float, default=1e9, help="stop a text after these")
@@ -153,7 +159,8 @@ def main() -> None:
     torch.set_num_threads(torch.get_num_threads() if args.processes == 1 else 1)
     model = load_model(args.model, num_layers=args.layers)
     texts = json.loads(args.texts.read_text())
-    calibration = next(t["token_ids"] for t in texts if t["name"] == args.calibrate_on)
+    by_name = {t["name"]: t["token_ids"] for t in texts}
+    calibration = by_name[args.calibrate_on] if args.calibrate_on else None
     jobs = [
         (model, t, args, calibration)
         for t in texts
