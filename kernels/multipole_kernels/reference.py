@@ -302,7 +302,9 @@ def multipole_attention(
 
     always_out, always_lse = exact_attention(grouped_q, keys, values, in_no_cluster, sm_scale)
     scores = centroid_lookup(grouped_q, key_centroids, sm_scale)
-    tail = tail_logits(grouped_q, scores, cluster_sizes, key_variance, sm_scale, max_logit_variance)
+    tail = tail_logits(
+        grouped_q, scores, cluster_sizes, key_variance, sm_scale, max_logit_variance
+    )
     selected = cluster_selection(scores, tail, always_lse, cluster_sizes, token_budget)
     if selected.shape[-1] == 0:
         in_selected = torch.zeros_like(in_no_cluster)
