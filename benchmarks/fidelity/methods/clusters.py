@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from multipole_kernels import reference
 
 from benchmarks.fidelity.index_store import SegmentClusters
 from benchmarks.fidelity.methods.features import WHITENING, Calibration, cluster_features
+from multipole_kernels import reference
 
 
 @dataclass(frozen=True)

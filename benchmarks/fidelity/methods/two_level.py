@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 import torch
-from multipole_kernels import reference
 
 from benchmarks.fidelity.methods import selection
 from benchmarks.fidelity.methods.base import COUNT_BYTES, Method
@@ -18,6 +17,7 @@ from benchmarks.fidelity.methods.clusters import Clustering, SegmentClusterer
 from benchmarks.fidelity.methods.multipole import members_of
 from benchmarks.fidelity.methods.quantize import centroid_bytes, stored
 from benchmarks.fidelity.methods.tail import VARIANCE_BYTES
+from multipole_kernels import reference
 
 
 @dataclass(frozen=True)
