@@ -154,7 +154,7 @@ class MultipoleRuntime:
         for row, activity, counters in rows:
             for sums in (activity, self.totals):
                 sums.add_step(counters, len(self.layers))
-            request = self.planner.requests.get(row.rid)
+            request = self.planner.request_of(row)
             if request is not None:
                 activity.segments_built = request.segments_built
                 activity.segments_shared = request.segments_shared

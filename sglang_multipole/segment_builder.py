@@ -56,7 +56,9 @@ class SegmentBuilder:
         slots = req_to_token[order.row, begin : begin + order.extent].long()
         if order.extent == size:
             place = pool.segment_of_slot[slots[-1]].long()
-            if bool(pool.matches(place, slots, pool.segment_extent[place])):
+            extent = pool.segment_extent[place]
+            # the place can have become an open segment of the same first tokens
+            if bool((extent == size) & pool.matches(place, slots, extent)):
                 return False
         # readers must not find the place while its payload is half written
         pool.segment_extent[order.place] = 0

@@ -16,12 +16,17 @@ from sglang_multipole.segment_builder import BuildOrder
 
 @dataclasses.dataclass(frozen=True)
 class DecodeRow:
-    """One row of a decode batch: request id, row of req_to_token, length with the new token."""
+    """One row of a decode batch: request id, row of req_to_token, length with the new token.
+
+    row_generation: times the row was handed out. A request that loses its slots and comes back in
+    the same row (SGLang can retract all requests at once) is known by it.
+    """
 
     rid: str
     row: int
     seq_len: int
     token_budget: int
+    row_generation: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +60,7 @@ class StepFeedback:
 @dataclasses.dataclass
 class _Request:
     row: int
+    row_generation: int
     num_steps: int = 0
     ordered: int = 0  # tokens from the start that were ordered at least once
     missing: set[int] = dataclasses.field(default_factory=set)  # segments to order (again)
@@ -107,15 +113,15 @@ class SegmentPlanner:
     def plan(self, rows: Sequence[DecodeRow]) -> StepPlan:
         """Orders of the next decode step. A request that is not among the rows is gone."""
         self.step += 1
-        present = {row.rid: row.row for row in rows}
-        for rid in [r for r, state in self.requests.items() if present.get(r) != state.row]:
+        present = {row.rid for row in rows if self.request_of(row) is not None}
+        for rid in [rid for rid in self.requests if rid not in present]:
             self._release(rid)
         strict = self.config.strict_activation
         limit = self.num_places if strict else self.config.max_builds_per_step
         orders: list[BuildOrder] = []
         order_rids: list[str] = []
         for row in rows:
-            request = self.requests.setdefault(row.rid, _Request(row.row))
+            request = self.requests.setdefault(row.rid, _Request(row.row, row.row_generation))
             request.num_steps += 1
             for segment, extent in self._wanted(row, request):
                 place = self._take_place() if len(orders) < limit else 0
@@ -125,6 +131,13 @@ class SegmentPlanner:
                     self._note_order(request, orders[-1])
         kills, self._kills = self._kills, []
         return StepPlan(self.step, self.epoch, list(rows), kills, orders, order_rids)
+
+    def request_of(self, row: DecodeRow) -> _Request | None:
+        """What is kept of the row's request; None when the request is gone or was retracted."""
+        request = self.requests.get(row.rid)
+        if request is None or request.row != row.row:
+            return None
+        return request if request.row_generation == row.row_generation else None
 
     def _wanted(self, row: DecodeRow, request: _Request) -> list[tuple[int, int]]:
         """(segment, extent) to order for the row, in order of position."""
@@ -183,13 +196,14 @@ class SegmentPlanner:
         """Take in what became of a plan."""
         if plan.epoch != self.epoch:
             return
+        requests = {row.rid: self.request_of(row) for row in plan.rows}
         for order, rid, built in zip(plan.orders, plan.order_rids, feedback.built, strict=True):
-            self._take_in_order(order, self.requests.get(rid), built, plan.step)
+            self._take_in_order(order, requests[rid], built, plan.step)
         for place, used in self.sealed.items():
             self.sealed[place] = max(used, feedback.last_used[place])
         for row, found in zip(plan.rows, feedback.found, strict=True):
-            request = self.requests.get(row.rid)
-            if request is not None and request.row == row.row:
+            request = self.request_of(row)
+            if request is not None:
                 self._take_in_found(row, request, found)
 
     def _take_in_order(
