@@ -69,6 +69,10 @@ class _Request:
     segments_shared: int = 0
     is_activated: bool = False
 
+    @property
+    def is_admission(self) -> bool:
+        return self.num_steps <= _NUM_ADMISSION_STEPS
+
 
 @dataclasses.dataclass
 class PlannerStats:
@@ -109,6 +113,7 @@ class SegmentPlanner:
         self.in_order: set[int] = set()
         self.sealed: dict[int, int] = {}  # place -> step of its last known use
         self._kills: list[int] = []
+        self._full_at_step = 0  # nothing can be evicted any more before the next step
 
     def plan(self, rows: Sequence[DecodeRow]) -> StepPlan:
         """Orders of the next decode step. A request that is not among the rows is gone."""
@@ -124,7 +129,10 @@ class SegmentPlanner:
             request = self.requests.setdefault(row.rid, _Request(row.row, row.row_generation))
             request.num_steps += 1
             for segment, extent in self._wanted(row, request):
-                place = self._take_place() if len(orders) < limit else 0
+                # a request's first orders are mostly of segments that are there already; only what
+                # the feedback has missed is worth another's place, unless the step must be sparse
+                may_be_shared = extent == self.config.segment_size and request.is_admission
+                place = self._take_place(strict or not may_be_shared) if len(orders) < limit else 0
                 if place:
                     orders.append(BuildOrder(row.row, segment, extent, place))
                     order_rids.append(row.rid)
@@ -144,11 +152,11 @@ class SegmentPlanner:
         size = self.config.segment_size
         clustered = self.config.clustered_tokens(row.seq_len)
         num_sealed, open_extent = divmod(clustered, size)
-        is_admission = request.num_steps <= _NUM_ADMISSION_STEPS
-        request.missing.update(range(0 if is_admission else request.ordered // size, num_sealed))
+        first = 0 if request.is_admission else request.ordered // size
+        request.missing.update(range(first, num_sealed))
         wanted = [(k, size) for k in sorted(request.missing) if k < num_sealed]
         if open_extent and (
-            is_admission or clustered > request.ordered or num_sealed in request.missing
+            request.is_admission or clustered > request.ordered or num_sealed in request.missing
         ):
             wanted.append((num_sealed, open_extent))
         return wanted
@@ -173,17 +181,19 @@ class SegmentPlanner:
         if request.open_place:
             self.free.append(request.open_place)
 
-    def _take_place(self) -> int:
+    def _take_place(self, may_evict: bool) -> int:
         """A free place, or 0."""
-        if not self.free:
+        if not self.free and may_evict:
             self._evict()
-        if not self.free:
-            self.stats.orders_without_place += 1
-            return 0
-        return self.free.pop()
+        if self.free:
+            return self.free.pop()
+        self.stats.orders_without_place += may_evict
+        return 0
 
     def _evict(self) -> None:
         """Free the least recently used eighth of the sealed places, none of them in use."""
+        if self._full_at_step == self.step:
+            return
         unused = [p for p, used in self.sealed.items() if self.step - used > self.feedback_lag]
         unused.sort(key=self.sealed.__getitem__)
         for place in unused[: max(1, len(self.sealed) // 8)]:
@@ -191,6 +201,8 @@ class SegmentPlanner:
             self._kills.append(place)
             self.free.append(place)
             self.stats.segments_evicted += 1
+        if not unused:
+            self._full_at_step = self.step
 
     def apply_feedback(self, plan: StepPlan, feedback: StepFeedback) -> None:
         """Take in what became of a plan."""
@@ -225,7 +237,8 @@ class SegmentPlanner:
         size = self.config.segment_size
         num_sealed, open_extent = divmod(self.config.clustered_tokens(row.seq_len), size)
         num_segments = num_sealed + bool(open_extent)
-        request.missing.update(k for k in range(num_segments) if not found[k])
+        request.missing -= {k for k in range(num_segments) if found[k]}
+        request.missing |= {k for k in range(num_segments) if not found[k]}
         if num_segments and not request.is_activated:
             request.is_activated = True
             num_found = sum(found[k] == size for k in range(num_sealed))
