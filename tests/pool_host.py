@@ -378,9 +378,11 @@ class PoolHost:
         self.process_results()
         self._stash_chunk()
         chunked, self.chunked = self.chunked, None
+        waiting, self.waiting = self.waiting, deque()
         for request in [*self.running, *([chunked] if chunked else [])]:
             if not request.is_finished:
                 self._retract(request)
+        self.waiting.extend(waiting)
         self.running = []
 
     def evict(self, num_tokens: int) -> None:

@@ -32,6 +32,8 @@ SETTINGS = {
     "overlap-small-kv": Setting(True, AMPLE, num_slots=300),
     "plain-few-rows": Setting(False, AMPLE, num_rows=3),
     "overlap-few-rows": Setting(True, AMPLE, num_rows=3),
+    "plain-lazy-few-rows": Setting(False, 40, False, num_rows=2, max_builds_per_step=1),
+    "overlap-tiny-kv": Setting(True, AMPLE, num_slots=210, num_rows=2),
 }
 
 
@@ -73,8 +75,11 @@ class PoolMachine:
         prompt = array("q")
         if known and source % 4:
             text = known[source % len(known)]
-            prompt = text[: keep % (len(text) + 1)] if keep % 3 else text[:]
-        for _ in range(extra % 90 + (0 if len(prompt) > 5 else 6)):
+            keep = len(text) if keep % 3 == 0 else keep % (len(text) + 1)
+            # two prompts that part at the last token of a segment or of an open one
+            prompt = text[: keep // 16 * 16 - 1 if keep % 2 and keep > 16 else keep]
+        extra = extra % 90 if extra % 3 else extra % 24
+        for _ in range(extra + (0 if len(prompt) > 5 else 6)):
             self.next_token += 1
             prompt.append(self.next_token)
         prompt = prompt[: MAX_LEN - 20]
@@ -94,7 +99,7 @@ class PoolMachine:
     def pause(self, resume: int) -> None:
         self.host.pause()
         if resume % 2:
-            self.host.prefill(6, 600)
+            self.host.prefill(8, 1000)
 
     def finish(self, index: int) -> None:
         """The request's next token is its last; an abort of a running request is the same."""
