@@ -117,6 +117,7 @@ class PoolHost:
         num_rows: int = 6,
         num_places: int = 160,
         has_overlap: bool = True,
+        sorts_slots: bool = False,
     ):
         from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
         from sglang.srt.mem_cache.cache_init_params import CacheInitParams
@@ -132,7 +133,9 @@ class PoolHost:
         self.layer = KVLayer(nan.clone(), nan.clone(), angle.cos(), angle.sin())
         self.req_to_token_pool = ReqToTokenPool(num_rows, MAX_LEN + 8, "cpu", False)
         self.req_to_token = self.req_to_token_pool.req_to_token
-        self.allocator = TokenToKVPoolAllocator(num_slots, torch.int64, "cpu", None, False)
+        self.allocator = TokenToKVPoolAllocator(
+            num_slots, torch.int64, "cpu", None, need_sort=sorts_slots
+        )
         self.is_live = np.zeros(num_slots + 1, bool)
         self.births = np.zeros(num_slots + 1, np.int64)  # times a slot was handed out
         self._poison_freed_slots()

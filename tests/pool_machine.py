@@ -20,6 +20,9 @@ class Setting:
     num_slots: int = 640
     num_rows: int = 6
     max_builds_per_step: int = 256
+    # SGLang's allocator hands out the lowest free slots first: a new prompt often gets the very
+    # slots of an old one, in order
+    sorts_slots: bool = False
 
 
 AMPLE = 240
@@ -33,7 +36,7 @@ SETTINGS = {
     "plain-few-rows": Setting(False, AMPLE, num_rows=3),
     "overlap-few-rows": Setting(True, AMPLE, num_rows=3),
     "plain-lazy-few-rows": Setting(False, 40, False, num_rows=2, max_builds_per_step=1),
-    "overlap-tiny-kv": Setting(True, AMPLE, num_slots=210, num_rows=2),
+    "overlap-tiny-kv": Setting(True, AMPLE, num_slots=210, num_rows=2, sorts_slots=True),
 }
 
 
@@ -48,7 +51,12 @@ class PoolMachine:
             strict_activation=setting.is_strict, max_builds_per_step=setting.max_builds_per_step
         )
         self.host = PoolHost(
-            config, setting.num_slots, setting.num_rows, setting.num_places, setting.has_overlap
+            config,
+            setting.num_slots,
+            setting.num_rows,
+            setting.num_places,
+            setting.has_overlap,
+            setting.sorts_slots,
         )
         is_pure = setting.is_strict and setting.num_places == AMPLE
         self.oracle = Oracle(self.host, share, seed, is_pure)
