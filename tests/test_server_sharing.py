@@ -108,7 +108,7 @@ def test_a_prefix_that_was_evicted_comes_back_in_other_slots(get_server: GetServ
 def test_retracted_requests_stay_sparse_and_leak_nothing(
     get_server: GetServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not compared with other answers: SGLang prefills again, densely, what was decoded sparsely."""
+    """Answers may differ: SGLang prefills again, densely, what was decoded sparsely."""
     monkeypatch.setenv("SGLANG_TEST_RETRACT", "1")
     monkeypatch.setenv("SGLANG_TEST_RETRACT_INTERVAL", "7")
     # flags of no other test, since the server runs with this test's environment
