@@ -6,8 +6,9 @@ import dataclasses
 import random
 from array import array
 
-from tests.pool_host import MAX_LEN, PoolHost, small_config
+from tests.pool_host import PoolHost, small_config
 from tests.pool_oracle import Oracle
+from tests.pool_request import MAX_LEN
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,8 @@ import torch
 from multipole_kernels import reference
 from multipole_kernels.torch_decode import multipole_decode
 from sglang_multipole.runtime import PendingFeedback
-from tests.pool_host import DIM, GROUP, HEADS, NUM_TABLE_ROWS, PoolHost, Request
+from tests.pool_host import DIM, GROUP, HEADS, NUM_TABLE_ROWS, PoolHost
+from tests.pool_request import Request
 
 SM_SCALE = DIM**-0.5
 

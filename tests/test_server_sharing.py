@@ -30,10 +30,10 @@ def assert_nothing_leaked(server: LocalServer) -> None:
 
 
 def test_a_shared_prefix_answers_as_an_unshared_one(server: LocalServer) -> None:
-    server.post("/flush_cache", {})
+    server.get("/flush_cache")
     unshared = ask(server, PREFIX + " What is the second point?")
     assert unshared["meta_info"]["multipole"]["segments_built"] == 1
-    server.post("/flush_cache", {})
+    server.get("/flush_cache")
     ask(server, PREFIX + " What is the first point?")
     shared = ask(server, PREFIX + " What is the second point?")
     assert shared["meta_info"]["cached_tokens"] > 1100
@@ -44,9 +44,9 @@ def test_a_shared_prefix_answers_as_an_unshared_one(server: LocalServer) -> None
 def test_prompts_that_arrive_together_answer_as_alone(server: LocalServer) -> None:
     """Prefilled side by side, their rows' slots are rewritten behind the first decode step."""
     prompt = TEXT[40000:45500]
-    server.post("/flush_cache", {})
+    server.get("/flush_cache")
     alone = ask(server, prompt)["output_ids"]
-    server.post("/flush_cache", {})
+    server.get("/flush_cache")
     with ThreadPoolExecutor(3) as pool:
         answers = list(pool.map(lambda _: ask(server, prompt), range(3)))
     assert [answer["output_ids"] for answer in answers] == [alone] * 3
@@ -56,7 +56,7 @@ def test_prompts_that_arrive_together_answer_as_alone(server: LocalServer) -> No
 def test_the_next_turn_of_a_conversation_finds_the_segments_of_the_last(
     server: LocalServer,
 ) -> None:
-    server.post("/flush_cache", {})
+    server.get("/flush_cache")
     first = ask(server, PREFIX, 24)
     assert first["meta_info"]["multipole"]["segments_built"] == 1
     second = ask(server, PREFIX + first["text"] + " And what follows from this?", 24)
@@ -66,7 +66,7 @@ def test_the_next_turn_of_a_conversation_finds_the_segments_of_the_last(
 
 
 def test_best_of_four_clusters_the_prompt_once(server: LocalServer) -> None:
-    server.post("/flush_cache", {})
+    server.get("/flush_cache")
     body = {
         "text": TEXT[50000:55500],
         "sampling_params": {"temperature": 0.8, "n": 4, "max_new_tokens": 8, "ignore_eos": True},
