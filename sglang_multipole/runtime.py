@@ -120,7 +120,7 @@ class MultipoleRuntime:
         for row, activity, row_counters in rows:
             for sums in (activity, self.totals):
                 sums.add_step(row_counters, num_layers)
-            request = self.planner.requests.get(row.rid)
+            request = self.planner.request_of(row)
             if request is not None:
                 activity.segments_built = request.segments_built
                 activity.segments_shared = request.segments_shared
