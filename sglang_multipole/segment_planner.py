@@ -111,7 +111,8 @@ class SegmentPlanner:
         self.requests: dict[str, _Request] = {}
         self.free = list(range(self.num_places - 1, 0, -1))
         self.in_order: set[int] = set()
-        self.sealed: dict[int, int] = {}  # place -> step of its last known use
+        self.sealed: dict[int, int] = {}  # place -> step in which it was built
+        self._last_used: Sequence[int] = [0] * self.num_places  # of the latest feedback
         self._kills: list[int] = []
         self._full_at_step = 0  # nothing can be evicted any more before the next step
 
@@ -194,8 +195,9 @@ class SegmentPlanner:
         """Free the least recently used eighth of the sealed places, none of them in use."""
         if self._full_at_step == self.step:
             return
-        unused = [p for p, used in self.sealed.items() if self.step - used > self.feedback_lag]
-        unused.sort(key=self.sealed.__getitem__)
+        last_used = {p: max(built, self._last_used[p]) for p, built in self.sealed.items()}
+        unused = [p for p, used in last_used.items() if self.step - used > self.feedback_lag]
+        unused.sort(key=last_used.__getitem__)
         for place in unused[: max(1, len(self.sealed) // 8)]:
             del self.sealed[place]
             self._kills.append(place)
@@ -211,8 +213,7 @@ class SegmentPlanner:
         requests = {row.rid: self.request_of(row) for row in plan.rows}
         for order, rid, built in zip(plan.orders, plan.order_rids, feedback.built, strict=True):
             self._take_in_order(order, requests[rid], built, plan.step)
-        for place, used in self.sealed.items():
-            self.sealed[place] = max(used, feedback.last_used[place])
+        self._last_used = feedback.last_used
         for row, found in zip(plan.rows, feedback.found, strict=True):
             request = self.request_of(row)
             if request is not None:
