@@ -15,6 +15,7 @@ FIELDS = ("problem",)
 # what changes the look of a formula and not its meaning
 IGNORED = re.compile(r"\\left|\\right|\\[!,;: ]|\\displaystyle|\\%|[\s$%]|\^\\circ|\^\{\\circ\}")
 UNITS = re.compile(r"\\(?:text|mathrm|mbox)\{([^{}]*)\}")
+THOUSANDS = re.compile(r"-?\d{1,3}(,\d{3})+(\.\d+)?")
 FRACTION = re.compile(r"(-?)\\[dt]?frac(?:\{(-?\d+)\}\{(\d+)\}|(\d)(\d))")
 
 
@@ -54,9 +55,10 @@ def normalise(formula: str) -> str:
     formula = UNITS.sub(lambda unit: "" if _follows_number(formula, unit) else unit[1], formula)
     formula = IGNORED.sub("", formula).rstrip(".")
     formula = re.sub(r"\\[dt]frac", r"\\frac", formula)
-    formula = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", formula)
     # "x = 5" where 5 is asked for
-    return re.sub(r"^[a-zA-Z]=", "", formula)
+    formula = re.sub(r"^[a-zA-Z]=", "", formula).replace("{,}", ",")
+    # of a number alone: (1,200) is a pair
+    return formula.replace(",", "") if THOUSANDS.fullmatch(formula) else formula
 
 
 def _follows_number(formula: str, unit: re.Match[str]) -> bool:

@@ -29,9 +29,12 @@ def read_rows(path: str, fields: Sequence[str]) -> list[dict[str, Any]]:
                 f"task file: each line must be a JSON object, got {error} in line "
                 f"{number} of {path}"
             ) from error
-        missing = (
-            [field for field in fields if field not in row] if isinstance(row, dict) else fields
-        )
+        if not isinstance(row, dict):
+            raise ValueError(
+                f"task file: each line must be a JSON object, got {row!r:.60} in line {number} "
+                f"of {path}"
+            )
+        missing = [field for field in fields if field not in row]
         if missing:
             raise ValueError(
                 f"task file: each line must have {', '.join(fields)}, got none of "
