@@ -117,9 +117,11 @@ def test_a_distribution_without_a_rest_has_a_finite_kl() -> None:
 
 
 def test_a_server_without_log_probabilities_is_told() -> None:
-    with FakeOpenAI(lambda path, body: (200, {"text": "x"})) as fake:
-        with pytest.raises(RequestError, match="use an SGLang server"):
-            divergence.record(Client(fake.base_url), PROMPT_IDS, 3)
+    with (
+        FakeOpenAI(lambda path, body: (200, {"text": "x"})) as fake,
+        pytest.raises(RequestError, match="use an SGLang server"),
+    ):
+        divergence.record(Client(fake.base_url), PROMPT_IDS, 3)
 
 
 def test_the_reference_file_gives_back_what_was_written(tmp_path: Path) -> None:

@@ -52,12 +52,20 @@ def print_results(console: Console, results: Sequence[TaskResult], *, compared: 
         cells.append(_percent(result.truncated))
         cells.append(f"[red]{result.failed}[/red]" if result.failed else "0")
         if compared:
-            cells.append(_evidence(result))
+            cells.append({None: "?", True: "yes", False: "[red]no[/red]"}[result.evidence])
         table.add_row(*cells)
     console.print(table)
     for result in results:
+        name = result.task if result.length is None else f"{result.task} {result.length}"
+        if result.evidence is False:
+            console.print(
+                f"{name}: no evidence: dense is right in {_percent(result.baseline_accuracy)}, "
+                f"under {EVIDENCE_ACCURACY:.0%}"
+            )
+        if result.note:
+            console.print(f"{name}: {result.note}")
         if result.shortened:
-            console.print(f"{result.task}: {result.shortened} contexts were cut to the length")
+            console.print(f"{name}: {result.shortened} contexts were cut to the length")
         print_errors(console, result)
 
 
@@ -143,14 +151,6 @@ def read_baseline(path: Path) -> dict[tuple[str, int | None], dict[str, Any]]:
             f"({error!r})"
         ) from error
     return rows
-
-
-def _evidence(result: TaskResult) -> str:
-    if result.evidence is None:
-        return result.note
-    dense = f"dense under {EVIDENCE_ACCURACY:.0%}"
-    text = "yes" if result.evidence else f"no evidence ({dense})"
-    return f"{text}; {result.note}" if result.note else text
 
 
 def _percent(value: float | None, error: float | None = None) -> str:
