@@ -1,4 +1,4 @@
-"""The evaluation against the real server: a dense one gives the answers, a sparse one is measured."""
+"""The evaluation against real servers: a dense one gives the answers, a sparse one is measured."""
 
 from __future__ import annotations
 
@@ -31,6 +31,28 @@ def dense_files(get_server: GetServer, tmp_path_factory: pytest.TempPathFactory)
     return folder
 
 
+def test_forced_steps_are_sparse_and_near_the_dense_ones(
+    dense_files: Path, get_server: GetServer, tmp_path: Path
+) -> None:
+    reference = str(dense_files / "answers.json")
+    measured = {}
+    # the dense server first: it is the noise of the method
+    for name, flags in (("dense", ()), ("sparse", SPARSE)):
+        path = tmp_path / f"{name}.json"
+        url = get_server(*flags).base_url
+        command = ["eval", "--base-url", url, "--reference", reference, "--json", str(path)]
+        assert cli.main(command) == 0
+        (measured[name],) = json.loads(path.read_text())["divergence"]
+    dense, sparse = measured["dense"], measured["sparse"]
+    assert dense["identical"] == 2
+    assert dense["not_forced"] == 0
+    assert dense["kl"] < 1e-4
+    assert dense["sparse_places"] is None
+    assert sparse["places"] + sparse["not_forced"] == dense["places"] > 0
+    assert sparse["sparse_places"] == sparse["places"]
+    assert 1e-4 < sparse["kl"] < 5
+
+
 def test_a_sparse_server_is_compared_with_its_dense_twin(
     dense_files: Path, get_server: GetServer, tmp_path: Path
 ) -> None:
@@ -53,25 +75,3 @@ def test_a_sparse_server_is_compared_with_its_dense_twin(
     assert content["activity"]["sparse_steps"] == steps
     assert 0 < content["activity"]["share_read"] < 0.5
     assert content["multipole_config"]["token_budget"] == 128
-
-
-def test_forced_steps_are_sparse_and_near_the_dense_ones(
-    dense_files: Path, get_server: GetServer, tmp_path: Path
-) -> None:
-    reference = str(dense_files / "answers.json")
-    measured = {}
-    # the dense server first: it is the noise of the method
-    for name, flags in (("dense", ()), ("sparse", SPARSE)):
-        path = tmp_path / f"{name}.json"
-        url = get_server(*flags).base_url
-        command = ["eval", "--base-url", url, "--reference", reference, "--json", str(path)]
-        assert cli.main(command) == 0
-        (measured[name],) = json.loads(path.read_text())["divergence"]
-    dense, sparse = measured["dense"], measured["sparse"]
-    assert dense["identical"] == 2
-    assert dense["not_forced"] == 0
-    assert dense["kl"] < 1e-4
-    assert dense["sparse_places"] is None
-    assert sparse["places"] + sparse["not_forced"] == dense["places"] > 0
-    assert sparse["sparse_places"] == sparse["places"]
-    assert 1e-4 < sparse["kl"] < 5
