@@ -147,6 +147,13 @@ def test_requests_run_together_and_outcomes_are_in_order() -> None:
     assert {body["seed"] for _, body in fake.asked} == {7, 8}
 
 
+def test_a_log_gets_a_line_at_each_tenth(capsys: pytest.CaptureFixture[str]) -> None:
+    console = report.make_console(stderr=True)
+    runner.run_all(lambda job: job, range(40), 4, console, "test")
+    lines = capsys.readouterr().err.split()
+    assert lines == [word for n in range(4, 41, 4) for word in ("test:", str(n), "of", "40")]
+
+
 def test_a_fault_in_the_work_is_raised() -> None:
     console = report.make_console(stderr=True)
     with pytest.raises(ZeroDivisionError):

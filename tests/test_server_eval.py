@@ -70,8 +70,8 @@ def test_a_sparse_server_is_compared_with_its_dense_twin(
     for answer in row["answers"]:
         assert LENGTH - ANSWER_TOKENS - 40 < answer["prompt_tokens"] <= LENGTH - ANSWER_TOKENS
         assert 1 <= answer["output_tokens"] <= ANSWER_TOKENS
-    # the first token of an answer comes from prefill
+    # the first token of an answer comes from prefill; one step may run ahead of its end
     steps = sum(answer["output_tokens"] - 1 for answer in row["answers"])
-    assert content["activity"]["sparse_steps"] == steps
+    assert steps <= content["activity"]["sparse_steps"] <= steps + len(row["answers"])
     assert 0 < content["activity"]["share_read"] < 0.5
     assert content["multipole_config"]["token_budget"] == 128

@@ -164,8 +164,8 @@ class Evaluation:
                 reference_file.write(self.arguments.save_reference, recorded)
 
     def _generate(self, task: Task, length: int | None, tokenizer: ModelTokenizer) -> list[Prompt]:
-        with self.progress.status(f"making the prompts of {task.name}"):
-            return task.generate(self.arguments.samples, length, self.arguments.seed, tokenizer)
+        self.progress.print(f"making the prompts of {task.name}")
+        return task.generate(self.arguments.samples, length, self.arguments.seed, tokenizer)
 
     def _measure(self, reference: reference_file.ReferenceTask) -> None:
         title = f"{reference.task} {reference.length or ''}: divergence"

@@ -14,6 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from sglang_multipole.evaluation.client import Answer, Client, Sampling
 from sglang_multipole.evaluation.task import Prompt, Task
 
+LOG_LINES = 10  # for each task, where there is no terminal
+
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
@@ -93,7 +95,8 @@ def run_all(
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as progress:
+    shown_live = console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=not shown_live) as progress:
         bar = progress.add_task(title, total=len(jobs))
         for _ in jobs:
             number, result, error = done.get()
@@ -101,4 +104,11 @@ def run_all(
                 raise error
             results[number] = result
             progress.advance(bar)
+            if not shown_live and _is_told(len(results), len(jobs)):
+                console.print(f"{title}: {len(results)} of {len(jobs)}", markup=False)
     return [results[number] for number in range(len(jobs))]
+
+
+def _is_told(done: int, total: int) -> bool:
+    """Whether a log gets a line now: at each tenth of the way."""
+    return done * LOG_LINES // total > (done - 1) * LOG_LINES // total
