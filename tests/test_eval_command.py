@@ -239,6 +239,7 @@ def test_the_reference_is_saved_with_the_prompts_that_were_asked(
         (["--baseline", "absent.json"], "--baseline must be a file"),
         (["--reference", "absent.json"], "--reference must be a file"),
         (["--task", "file"], "give --path"),
+        (["--json", "absent/result.json"], "a folder that is there"),
     ],
 )
 def test_mistakes_are_told_before_any_request(

@@ -58,6 +58,11 @@ class Evaluation:
             raise ValueError("eval: a task is required, got none; give --task, or --reference")
         if arguments.save_reference and not arguments.task:
             raise ValueError("eval: --save-reference must have a --task, got none")
+        for path in (arguments.json, arguments.save_reference):
+            if path is not None and not path.absolute().parent.is_dir():
+                raise ValueError(
+                    f"eval: results must go into a folder that is there, got {path}; make it first"
+                )
         self.arguments = arguments
         self.progress = report.make_console(stderr=True)
         self.output = report.make_console()

@@ -98,10 +98,8 @@ def measure(client: Client, dense: DenseAnswer) -> Divergence:
     for place in range(1, len(dense.output_ids)):
         expected = dense.top[place]
         forced = dense.prompt_ids + dense.output_ids[: place - 1]
-        ids = [token for token, _ in expected]
-        if dense.output_ids[place] not in ids:
-            ids.append(dense.output_ids[place])
-        answered = _generate(client, forced, 2, {"token_ids_logprob": ids}, ignore_eos=True)
+        ids = {"token_ids_logprob": [token for token, _ in expected]}
+        answered = _generate(client, forced, 2, ids, ignore_eos=True)
         if answered["output_ids"][0] != dense.output_ids[place - 1]:
             not_forced += 1
             continue
@@ -110,12 +108,13 @@ def measure(client: Client, dense: DenseAnswer) -> Divergence:
                 int(token): float(log_prob)
                 for log_prob, token, *_ in answered["meta_info"]["output_token_ids_logprobs"][1]
             }
+            kl.append(kl_lower_bound(expected, measured))
+            gained = measured[dense.output_ids[place]] - dict(expected)[dense.output_ids[place]]
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise _no_log_probs(client, error) from error
-        kl.append(kl_lower_bound(expected, measured))
         most_likely = max(expected, key=lambda pair: pair[1])[0]
         agrees.append(answered["output_ids"][1] == most_likely)
-        gain.append(measured[dense.output_ids[place]] - dict(expected)[dense.output_ids[place]])
+        gain.append(gained)
         activity = answered["meta_info"].get("multipole")
         sparse.append(None if activity is None else activity["sparse_steps"] == 1)
     return Divergence(

@@ -84,9 +84,9 @@ def print_errors(console: Console, result: TaskResult) -> None:
 def print_divergences(console: Console, summaries: Sequence[dict[str, Any]]) -> None:
     """One line a task: how far the answers' tokens are from the dense server's."""
     table = Table(title="against the dense answers, token by token")
-    for title in ("task", "length", "answers", "KL (nats, at least)", "top-1 agreement"):
+    for title in ("task", "length", "answers", "KL (nats, ≥)", "top-1"):
         table.add_column(title, justify="left" if title == "task" else "right")
-    for title in ("log-prob gain", "identical", "mean first difference", "places", "failed"):
+    for title in ("gain", "identical", "differs at", "places", "failed"):
         table.add_column(title, justify="right")
     for row in summaries:
         error = row["kl_standard_error"]
@@ -99,11 +99,11 @@ def print_divergences(console: Console, summaries: Sequence[dict[str, Any]]) -> 
             row["task"],
             "-" if row["length"] is None else str(row["length"]),
             str(row["answers"]),
-            _number(row["kl"], 4) + ("" if error is None else f" ± {error:.4f}"),
+            _number(row["kl"]) + ("" if error is None else f" ± {error:.2g}"),
             _percent(row["top1_agreement"]),
-            _number(row["log_prob_gain"], 4),
+            _number(row["log_prob_gain"]),
             str(row["identical"]),
-            _number(row["first_difference"], 1),
+            _number(row["first_difference"]),
             places,
             f"[red]{row['failed']}[/red]" if row["failed"] else "0",
         )
@@ -159,5 +159,5 @@ def _percent(value: float | None, error: float | None = None) -> str:
     return f"{value:.1%}" + ("" if error is None else f" ± {error:.1%}")
 
 
-def _number(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"

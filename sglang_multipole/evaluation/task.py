@@ -76,21 +76,27 @@ def fit(build: Callable[[int], Prompt], length: int, tokenizer: Tokenizer, who: 
     Raises:
         ValueError: even an empty haystack is longer.
     """
-    empty = len(tokenizer.encode(build(0)))
-    if empty > length:
+    tokens = {0: len(tokenizer.encode(build(0)))}
+    if tokens[0] > length:
         raise ValueError(
-            f"{who}: the prompt must have room for {empty} tokens, which it has without any "
+            f"{who}: the prompt must have room for {tokens[0]} tokens, which it has without any "
             f"haystack, got {length}; give a larger --length"
         )
-    fits, too_large = 0, FIRST_SIZE
-    while len(tokenizer.encode(build(too_large))) <= length:
-        fits, too_large = too_large, 2 * too_large
-    while too_large - fits > 1:
-        size = (fits + too_large) // 2
-        if len(tokenizer.encode(build(size))) <= length:
+    fits, too_large, size = 0, 0, FIRST_SIZE
+    interpolate = True
+    while too_large - fits != 1:
+        tokens[size] = len(tokenizer.encode(build(size)))
+        if tokens[size] <= length:
             fits = size
         else:
             too_large = size
+        if not too_large:
+            size = 2 * fits
+            continue
+        # tokens grow almost evenly: a line through both ends is near; the half bounds the steps
+        share = (length - tokens[fits]) / (tokens[too_large] - tokens[fits]) if interpolate else 0.5
+        interpolate = not interpolate
+        size = fits + min(max(1, round(share * (too_large - fits))), too_large - fits - 1)
     return build(fits)
 
 
