@@ -100,10 +100,12 @@ def measure(client: Client, dense: DenseAnswer) -> Divergence:
         forced = dense.prompt_ids + dense.output_ids[: place - 1]
         ids = {"token_ids_logprob": [token for token, _ in expected]}
         answered = _generate(client, forced, 2, ids, ignore_eos=True)
-        if answered["output_ids"][0] != dense.output_ids[place - 1]:
+        first, *others = answered["output_ids"]
+        if first != dense.output_ids[place - 1]:
             not_forced += 1
             continue
         try:
+            (token_here,) = others
             measured = {
                 int(token): float(log_prob)
                 for log_prob, token, *_ in answered["meta_info"]["output_token_ids_logprobs"][1]
@@ -113,7 +115,7 @@ def measure(client: Client, dense: DenseAnswer) -> Divergence:
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise _no_log_probs(client, error) from error
         most_likely = max(expected, key=lambda pair: pair[1])[0]
-        agrees.append(answered["output_ids"][1] == most_likely)
+        agrees.append(token_here == most_likely)
         gain.append(gained)
         activity = answered["meta_info"].get("multipole")
         sparse.append(None if activity is None else activity["sparse_steps"] == 1)
