@@ -29,6 +29,11 @@ def main(argv: list[str] | None = None) -> int:
         help="`sglang serve` with this plugin, also on a machine without a GPU",
         add_help=False,
     )
+    subcommands.add_parser(
+        "eval",
+        help="accuracy on long-context tasks, against any OpenAI-compatible server",
+        add_help=False,
+    )
     demo = subcommands.add_parser(
         "demo-model",
         help="make SmolLM2-135M-Instruct, the demo's model, and print its folder",
@@ -37,6 +42,10 @@ def main(argv: list[str] | None = None) -> int:
     # serve takes SGLang's flags, which this parser must not know
     if argv[:1] == ["serve"]:
         return serve(argv[1:])
+    if argv[:1] == ["eval"]:
+        from sglang_multipole.evaluation import command
+
+        return command.main(argv[1:])
     arguments = parser.parse_args(argv)
     return make_demo_model(arguments.folder)
 
