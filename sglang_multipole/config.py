@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 BACKEND_NAME = "multipole"
+_DEFAULT_MAX_TOKEN_BUDGET = 4096  # tokens
 
 
 class ConfigError(ValueError):
@@ -31,6 +32,14 @@ class MultipoleConfig:
     token_budget: int = _key(
         512,
         "tokens each KV head attends to exactly per step, beside sinks and recent tokens",
+        "tokens",
+        0,
+        1 << 20,
+    )
+    max_token_budget: int = _key(
+        0,
+        "the largest token_budget that a request may ask for; sizes the decode buffers; 0 chooses "
+        "the larger of token_budget and 4096",
         "tokens",
         0,
         1 << 20,
@@ -101,6 +110,11 @@ class MultipoleConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, _checked(field, getattr(self, field.name)))
+        if self.token_budget > self.token_budget_limit:
+            raise ConfigError(
+                f"token_budget ({self.token_budget} tokens) must be at most max_token_budget "
+                f"({self.max_token_budget} tokens); raise max_token_budget, or leave it out"
+            )
         if self.segment_size % self.recluster_interval:
             raise ConfigError(
                 f"segment_size ({self.segment_size} tokens) must be a multiple of "
@@ -124,9 +138,9 @@ class MultipoleConfig:
         return self.tokens_per_cluster * self.max_cluster_size_ratio
 
     @property
-    def max_token_budget(self) -> int:
-        """The largest budget a request can have, in tokens."""
-        return self.token_budget
+    def token_budget_limit(self) -> int:
+        """The largest budget a request can have, in tokens: max_token_budget, or what 0 chooses."""
+        return self.max_token_budget or max(self.token_budget, _DEFAULT_MAX_TOKEN_BUDGET)
 
     @property
     def clusters_per_segment(self) -> int:

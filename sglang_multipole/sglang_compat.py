@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from sglang_multipole.config import MultipoleConfig
+from sglang_multipole.request_settings import accepted_token_budget
 from sglang_multipole.segment_builder import KVLayer
 from sglang_multipole.segment_planner import DecodeRow
 
@@ -38,14 +40,21 @@ def applied_hooks() -> set[str]:
     return set(HookRegistry._patched)
 
 
-def decode_rows(batch: Any, token_budget: int) -> list[DecodeRow]:
+def decode_rows(batch: Any, config: MultipoleConfig) -> list[DecodeRow]:
     """The rows of a ScheduleBatch about to decode; lengths include the token being decoded."""
     rows = batch.req_pool_indices_cpu.tolist()
     lengths = batch.seq_lens_cpu.tolist()
     return [
-        DecodeRow(req.rid, row, length, token_budget)
+        DecodeRow(
+            req.rid, row, length, accepted_token_budget(req.sampling_params.custom_params, config)
+        )
         for req, row, length in zip(batch.reqs, rows, lengths, strict=True)
     ]
+
+
+def finished_requests(batch: Any) -> list[Any]:
+    """The Reqs of a processed ScheduleBatch that have ended, each possibly in two batches."""
+    return [req for req in batch.reqs if req.finished()]
 
 
 def attention_layers(model: torch.nn.Module) -> Iterator[tuple[str, Any, Any]]:

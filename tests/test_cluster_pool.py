@@ -47,6 +47,7 @@ class Host:
         self.free = torch.randperm(NUM_SLOTS - 1, generator=generator) + 1
         self.rows: dict[str, tuple[int, int]] = {}
         self.activities: dict[str, Activity] = {}
+        self.budgets: dict[str, int] = {}  # of requests with another budget than the config's
 
     def alloc(self, count: int) -> torch.Tensor:
         slots, self.free = self.free[:count], self.free[count:]
@@ -70,7 +71,10 @@ class Host:
             self.req_to_token[row, length : length + 1] = self.alloc(1).int()
             self.rows[rid] = (row, length + 1)
         budget = self.runtime.config.token_budget
-        rows = [DecodeRow(rid, row, n, budget) for rid, (row, n) in self.rows.items()]
+        rows = [
+            DecodeRow(rid, row, n, self.budgets.get(rid, budget))
+            for rid, (row, n) in self.rows.items()
+        ]
         self.runtime.plan_step(rows, [self.activities[rid] for rid in self.rows])
         indices = torch.tensor([row.row for row in rows])
         self.runtime.begin_step(indices, torch.tensor([row.seq_len for row in rows]))

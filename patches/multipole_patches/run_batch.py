@@ -26,7 +26,7 @@ def hook(
     runtime = runtime_of(scheduler.tp_worker.model_runner)
     if runtime is None or not batch.forward_mode.is_decode() or not batch.reqs:
         return original(scheduler, batch, *args, **kwargs)
-    rows = sglang_compat.decode_rows(batch, runtime.config.token_budget)
+    rows = sglang_compat.decode_rows(batch, runtime.config)
     runtime.plan_step(rows, [_activity(req) for req in batch.reqs])
     result = original(scheduler, batch, *args, **kwargs)
     # with overlap scheduling the forward was launched on a stream of its own

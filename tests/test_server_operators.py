@@ -1,0 +1,161 @@
+"""What operators and authors of programs see of a real server: metrics, log, settings, events."""
+
+from __future__ import annotations
+
+import json
+import re
+import urllib.error
+from concurrent.futures import ThreadPoolExecutor
+from pydoc_data.topics import topics
+from typing import Any
+
+import pytest
+
+from sglang_multipole.local_server import LocalServer
+from tests.server_fixture import GetServer
+
+pytestmark = pytest.mark.server
+
+FLAGS = (
+    "--enable-multipole",
+    "--multipole-config="
+    + json.dumps({"token_budget": 128, "min_context": 640, "strict_activation": True}),
+    "--chunked-prefill-size=512",
+    "--enable-metrics",
+    "--decode-log-interval=4",
+)
+# about four characters a token
+TEXT = " ".join(topics[name] for name in sorted(topics))
+LONG = TEXT[:5500] + "\n\nIn short, the statement"
+OTHER = TEXT[9000:14000]
+SHORT = "The capital of France is"
+
+
+@pytest.fixture
+def server(get_server: GetServer) -> LocalServer:
+    return get_server(*FLAGS)
+
+
+def ask(server: LocalServer, text: str, custom_params: Any = None) -> dict[str, Any]:
+    sampling = {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True}
+    if custom_params is not None:
+        sampling["custom_params"] = custom_params
+    return server.post("/generate", {"text": text, "sampling_params": sampling})
+
+
+def activity(answer: dict[str, Any]) -> dict[str, int]:
+    return answer["meta_info"]["multipole"]
+
+
+def scrape(server: LocalServer) -> dict[str, float]:
+    """The samples of sglang:multipole_* by name and reason or state."""
+    samples = {}
+    for line in server.get("/metrics").decode().splitlines():
+        match = re.match(r"sglang:multipole_(\w+)\{(.*)\} (\S+)$", line)
+        if match:
+            name, labels, value = match.groups()
+            assert 'model_name="' in labels
+            assert 'tp_rank="0"' in labels
+            kind = re.search(r'(?:reason|state)="(\w+)"', labels)
+            samples[name + (f":{kind[1]}" if kind else "")] = float(value)
+    return samples
+
+
+def refusal(server: LocalServer, path: str, body: dict[str, Any]) -> str:
+    """The body of an answer 400."""
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        server.post(path, body)
+    assert caught.value.code == 400
+    return caught.value.read().decode()
+
+
+def test_metrics_grow_with_what_is_served(server: LocalServer) -> None:
+    ask(server, SHORT)
+    before = scrape(server)
+    assert before["enabled"] == 1
+    sparse, dense = activity(ask(server, LONG)), activity(ask(server, SHORT))
+    after = scrape(server)
+    grown = {name: after[name] - before[name] for name in after}
+    assert grown["sparse_steps_total"] == sparse["sparse_steps"] == 11
+    assert grown["dense_steps_total:below_min_context"] == dense["dense_steps"] == 11
+    for name in ("exact_tokens", "context_tokens"):
+        assert grown[f"{name}_total"] == sparse[name] + dense[name]
+    assert grown["segments_built_total"] == sparse["segments_built"] == 1
+    assert grown["recluster_seconds_total"] > 0
+    report = json.loads(server.get("/server_info"))["internal_states"][0]["multipole"]
+    assert after["pool_bytes"] == report["pool"]["bytes"]
+    states = [after[f"pool_places:{state}"] for state in ("free", "sealed", "open", "ordered")]
+    assert sum(states) == report["pool"]["places"]
+
+
+def test_the_decode_line_of_the_log_ends_with_what_was_read(server: LocalServer) -> None:
+    ask(server, LONG)
+    lines = [x for x in server.log_path.read_text().splitlines() if "Decode batch" in x]
+    assert lines
+    for line in lines:
+        # what SGLang's own parser reads comes first, as ever
+        assert re.search(r"Decode batch, #running-req: \d+, #token: .*#queue-req: \d+", line)
+        assert re.search(r", multipole: sparse \d+/\d+ req, read \d+\.\d %$", line)
+    assert any("multipole: sparse 1/1 req" in line for line in lines)
+
+
+def test_a_request_can_switch_it_off_for_itself(server: LocalServer) -> None:
+    plain = ask(server, LONG)
+    off = ask(server, LONG, {"multipole": False})
+    assert activity(off)["sparse_steps"] == 0
+    assert activity(off)["exact_tokens"] == activity(off)["context_tokens"]
+    assert activity(plain)["sparse_steps"] == 11
+    assert scrape(server)["dense_steps_total:switched_off"] >= 11
+
+
+def test_a_request_can_ask_for_another_budget(server: LocalServer) -> None:
+    plain, more = ask(server, LONG), ask(server, LONG, {"multipole": {"token_budget": 512}})
+    assert activity(more)["sparse_steps"] == 11
+    grown = activity(more)["exact_tokens"] - activity(plain)["exact_tokens"]
+    assert 11 * (512 - 128 - 64) <= grown <= 11 * (512 - 128 + 64)
+
+
+def test_the_settings_of_one_request_change_no_other(server: LocalServer) -> None:
+    alone = [ask(server, text)["output_ids"] for text in (LONG, OTHER)]
+    work = [(LONG, None), (LONG, {"multipole": False}), (OTHER, None)]
+    with ThreadPoolExecutor(len(work)) as pool:
+        answers = list(pool.map(lambda item: ask(server, *item), work))
+    assert [answers[0]["output_ids"], answers[2]["output_ids"]] == alone
+    assert [activity(answer)["sparse_steps"] for answer in answers] == [11, 0, 11]
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_the_openai_api_takes_the_settings(server: LocalServer, path: str) -> None:
+    prompt = TEXT[:4500]
+    what = (
+        {"messages": [{"role": "user", "content": prompt}]}
+        if "chat" in path
+        else {"prompt": prompt}
+    )
+    body = {"model": "demo", "temperature": 0, "max_tokens": 6, "ignore_eos": True, **what}
+    before = scrape(server)
+    # what the OpenAI client sends for extra_body={"custom_params": {...}}
+    server.post(path, body | {"custom_params": {"multipole": False}})
+    after = scrape(server)
+    assert after["dense_steps_total:switched_off"] == before["dense_steps_total:switched_off"] + 5
+    assert after["sparse_steps_total"] == before["sparse_steps_total"]
+    message = refusal(server, path, body | {"custom_params": {"multipole": {"token_budget": -1}}})
+    assert "whole number of tokens, 0 to 4096" in message
+
+
+@pytest.mark.parametrize(
+    ("custom_params", "message"),
+    [
+        ({"multipole": "off"}, "must be true, false or a JSON object, got 'off'"),
+        ({"multipole": {"token_budget": 1 << 20}}, "0 to 4096 (the server's max_token_budget)"),
+        ({"multipole": {"token_budget": {"deep": [1]}}}, "whole number of tokens"),
+        ({"multipole": {"budget": 1}}, "unknown key 'budget'"),
+        ("multipole", "custom_params must be a JSON object"),
+    ],
+)
+def test_a_wrong_setting_is_answered_400_and_the_server_goes_on(
+    server: LocalServer, custom_params: Any, message: str
+) -> None:
+    body = {"text": SHORT, "sampling_params": {"custom_params": custom_params}}
+    assert message in json.loads(refusal(server, "/generate", body))["error"]["message"]
+    assert ask(server, SHORT)["meta_info"]["completion_tokens"] == 12
