@@ -8,6 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from sglang_multipole import events_endpoint
+
 BACKEND_NAME = "multipole"
 _DEFAULT_MAX_TOKEN_BUDGET = 4096  # tokens
 
@@ -23,6 +25,10 @@ def _key(default: Any, help_text: str, unit: str, low: int | None = None, high: 
 
 def _choice(default: str, help_text: str, *choices: str):
     return dataclasses.field(default=default, metadata={"help": help_text, "choices": choices})
+
+
+def _text(default: str, help_text: str):
+    return dataclasses.field(default=default, metadata={"help": help_text, "is_text": True})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,9 +113,26 @@ class MultipoleConfig:
         "torch_native",
     )
 
+    events_endpoint: str = _text(
+        "",
+        "address at which each scheduler publishes events, tcp:// or ipc://; none if empty; "
+        "see docs/events.md",
+    )
+    events_allow_remote: bool = _key(
+        False, "let events_endpoint be an address that other machines can reach", ""
+    )
+    events_interval_ms: int = _key(
+        250, "at least so much time lies between two step events", "milliseconds", 10, 60000
+    )
+
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, _checked(field, getattr(self, field.name)))
+        if self.events_endpoint:
+            try:
+                events_endpoint.check(self.events_endpoint, self.events_allow_remote)
+            except ValueError as error:
+                raise ConfigError(f"events_endpoint {error}") from error
         if self.token_budget > self.token_budget_limit:
             raise ConfigError(
                 f"token_budget ({self.token_budget} tokens) must be at most max_token_budget "
@@ -218,6 +241,10 @@ def _checked(field: dataclasses.Field, value: Any) -> Any:
     if choices is not None:
         if value not in choices:
             raise ConfigError(f"{field.name} must be one of {', '.join(choices)}, got {value!r}")
+        return value
+    if field.metadata.get("is_text"):
+        if not isinstance(value, str):
+            raise ConfigError(f"{field.name} must be a text, got {value!r}")
         return value
     if isinstance(field.default, bool):
         if not isinstance(value, bool):

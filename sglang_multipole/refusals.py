@@ -199,13 +199,18 @@ def check_runner(runner: Any) -> None:
 
 def _gpu_problems(runner: Any) -> list[str]:
     """What the Triton kernels do not do."""
+    return kernel_problems(
+        runner.dtype, runner.model_config.head_dim, sglang_compat.gqa_group_size(runner.model)
+    )
+
+
+def kernel_problems(dtype: torch.dtype, head_dim: int, group: int) -> list[str]:
+    """What of a model's type and sizes the Triton kernels do not do; group: gqa_group_size."""
     problems = []
-    if runner.dtype not in (torch.float16, torch.bfloat16):
-        problems.append(f"dtype {runner.dtype}: use --dtype bfloat16 or float16")
-    head_dim = runner.model_config.head_dim
+    if dtype not in (torch.float16, torch.bfloat16):
+        problems.append(f"dtype {dtype}: use --dtype bfloat16 or float16")
     if head_dim not in SUPPORTED_HEAD_DIMS:
         problems.append(f"head_dim {head_dim}, not one of {SUPPORTED_HEAD_DIMS}: {_DENSE}")
-    group = sglang_compat.gqa_group_size(runner.model)
     if group > MAX_GQA_GROUP_SIZE:
         problems.append(f"{group} query heads a KV head, at most {MAX_GQA_GROUP_SIZE}: {_DENSE}")
     return problems

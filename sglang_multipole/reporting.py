@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sglang_multipole import log_suffix
+from sglang_multipole import events_endpoint, log_suffix
+from sglang_multipole.events import EventPublisher
 from sglang_multipole.metrics import MultipoleMetrics
 from sglang_multipole.runtime import MultipoleRuntime
+from sglang_multipole.step_events import StepEvents
 
 
 class Reporting:
@@ -15,14 +17,45 @@ class Reporting:
 
     Args:
         collector: SGLang's metrics collector, None when metrics are off in this process.
+        is_logging_rank: of the ranks that do the same steps, this one logs and sends events.
+        dp_rank: data-parallel rank, None without data parallelism.
+
+    Raises:
+        RuntimeError: the address for events cannot be had.
     """
 
-    def __init__(self, runtime: MultipoleRuntime, collector: Any | None):
+    def __init__(
+        self,
+        runtime: MultipoleRuntime,
+        collector: Any | None,
+        is_logging_rank: bool,
+        model_name: str,
+        dp_rank: int | None,
+    ):
         self._metrics = MultipoleMetrics(collector, runtime) if collector is not None else None
         log_suffix.install(runtime)
+        self.publisher: EventPublisher | None = None
+        self._events: StepEvents | None = None
+        endpoint = runtime.config.events_endpoint
+        if endpoint and is_logging_rank:
+            self.publisher = EventPublisher(events_endpoint.of_rank(endpoint, dp_rank))
+            self._events = StepEvents(runtime, self.publisher, model_name, dp_rank)
 
-    def after_step(self, finished: Sequence[Any]) -> None:
-        """A decode step's results are in; `finished` are its requests that ended with it."""
+    def after_step(self, reqs: Sequence[Any], finished: Sequence[Any]) -> None:
+        """A decode step's results are in; `finished` are those of its Reqs that have ended.
+
+        With overlap scheduling a request can be among the finished of two steps.
+        """
+        # the last step of a burst must not wait for the next burst
+        is_last = len(finished) == len(reqs)
         if self._metrics is not None:
-            # the last step of a burst must not wait for the next burst
-            self._metrics.update() if finished else self._metrics.update_if_due()
+            self._metrics.update() if is_last else self._metrics.update_if_due()
+        if self._events is not None:
+            new = [req for req in finished if req.customized_info["multipole"].finish()]
+            self._events.after_step(new, is_last)
+
+    def report(self) -> dict[str, Any]:
+        """Plain builtins for /server_info."""
+        if self.publisher is None:
+            return {}
+        return {"endpoint": self.publisher.endpoint, "dropped": self.publisher.dropped}

@@ -172,23 +172,28 @@ class MultipoleRuntime:
         self.planner.check_integrity()
         self.pool.check_integrity()
 
+    def pool_report(self) -> dict[str, int]:
+        """Bytes of the pool, and its places by state."""
+        planner = self.planner
+        return {
+            "bytes": self.pool.nbytes,
+            "workspace_bytes": self.path.nbytes,
+            "places": self.pool.num_places - 1,
+            "free": len(planner.free),
+            "sealed": len(planner.sealed),
+            "open": sum(bool(r.open_place) for r in planner.requests.values()),
+            "ordered": len(planner.in_order),
+        }
+
     def report(self) -> dict[str, Any]:
         """Plain builtins for /server_info."""
-        planner = self.planner
         return {
             "enabled": True,
             "config": self.config.to_dict(),
-            "pool": {
-                "bytes": self.pool.nbytes,
-                "workspace_bytes": self.path.nbytes,
-                "places": self.pool.num_places - 1,
-                "free": len(planner.free),
-                "sealed": len(planner.sealed),
-                "open": sum(bool(r.open_place) for r in planner.requests.values()),
-                "ordered": len(planner.in_order),
-            },
-            "segments": dataclasses.asdict(planner.stats),
+            "pool": self.pool_report(),
+            "segments": dataclasses.asdict(self.planner.stats),
             "build_seconds": self.build_seconds,
             "totals": self.totals.to_dict(),
             "dense_steps": dict(self.dense_steps),
+            "events": self.reporting.report() if self.reporting is not None else {},
         }

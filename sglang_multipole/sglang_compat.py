@@ -6,6 +6,7 @@ the entry point, in processes that never run a model.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 from collections.abc import Iterator
 from typing import Any
@@ -26,6 +27,10 @@ ARGS_ATTRIBUTE = "_multipole"
 
 def sglang_version() -> str:
     return importlib.metadata.version("sglang")
+
+
+def own_version() -> str:
+    return importlib.metadata.version("sglang-multipole")
 
 
 def config_values(server_args: Any) -> dict[str, Any] | None:
@@ -103,3 +108,30 @@ def gqa_group_size(model: torch.nn.Module) -> int:
     """Query heads that share a KV head."""
     _, layer, _ = next(attention_layers(model))
     return layer.tp_q_head_num // layer.tp_k_head_num
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSizes:
+    """A model on one rank, from its configuration alone; gqa_group_size in query heads."""
+
+    architecture: str
+    num_layers: int
+    num_kv_heads: int
+    gqa_group_size: int
+    head_dim: int
+    dtype: torch.dtype
+
+
+def model_sizes(server_args: Any) -> ModelSizes:
+    """The sizes of the model that these ServerArgs would serve."""
+    model_config = server_args.get_model_config()
+    tp_size = server_args.tp_size
+    num_kv_heads = model_config.get_num_kv_heads(tp_size)
+    return ModelSizes(
+        architecture=model_config.hf_config.architectures[0],
+        num_layers=model_config.num_hidden_layers,
+        num_kv_heads=num_kv_heads,
+        gqa_group_size=model_config.num_attention_heads // tp_size // num_kv_heads,
+        head_dim=model_config.head_dim,
+        dtype=model_config.dtype,
+    )

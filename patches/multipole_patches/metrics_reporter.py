@@ -24,4 +24,10 @@ def hook(result: None, scheduler: Any, *args: Any, **kwargs: Any) -> None:
 
     reporter = scheduler.metrics_reporter
     collector = reporter.metrics_collector if reporter.current_scheduler_metrics_enabled else None
-    runtime.reporting = Reporting(runtime, collector)
+    runtime.reporting = Reporting(
+        runtime,
+        collector,
+        reporter.is_stats_logging_rank,
+        scheduler.server_args.served_model_name,
+        reporter.dp_rank,
+    )

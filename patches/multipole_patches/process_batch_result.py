@@ -26,5 +26,5 @@ def hook(original: Callable[..., Any], scheduler: Any, batch: Any, result: Any) 
     runtime.apply_feedback(pending)
     returned = original(scheduler, batch, result)
     if runtime.reporting is not None:
-        runtime.reporting.after_step(sglang_compat.finished_requests(batch))
+        runtime.reporting.after_step(batch.reqs, sglang_compat.finished_requests(batch))
     return returned
