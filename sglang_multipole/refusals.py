@@ -99,6 +99,11 @@ ARGUMENTS = (
     Refusal(
         "diffusion language models", _flag("dllm_algorithm", None), "leave out --dllm-algorithm"
     ),
+    Refusal(
+        "several tokenizer processes",
+        _flag("tokenizer_worker_num", 1),
+        "leave out --tokenizer-worker-num: SGLang loads no plugins in them",
+    ),
     Refusal("torch.compile", _flag("enable_torch_compile"), "leave out --enable-torch-compile"),
     Refusal(
         "elastic expert parallelism",

@@ -52,7 +52,7 @@ class Reporting:
             self._metrics.update() if is_last else self._metrics.update_if_due()
         if self._events is not None:
             new = [req for req in finished if req.customized_info["multipole"].finish()]
-            self._events.after_step(new, is_last)
+            self._events.after_step(finished, new)
 
     def report(self) -> dict[str, Any]:
         """Plain builtins for /server_info."""

@@ -44,17 +44,17 @@ class StepEvents:
             pool=runtime.pool_report(),
         )
 
-    def after_step(self, finished: Sequence[Any], is_last: bool) -> None:
-        """A step's results are in; `finished` are the Reqs that ended with it, each once.
-
-        is_last: no request goes on, so that there may be no step after it for long.
-        """
+    def after_step(self, finished: Sequence[Any], new: Sequence[Any]) -> None:
+        """A step's results are in; `finished` of its Reqs have ended, `new` of these just now."""
+        gone = {req.rid for req in finished}
+        # the last steps of a burst must not wait for the next burst
+        is_last = len(gone) == self._runtime.last_step.num_rows
         if is_last or time.monotonic() >= self._next:
-            self._publish_step()
-        for req in finished:
+            self._publish_step(gone)
+        for req in new:
             self._publisher.publish("request", **self._request(req))
 
-    def _publish_step(self) -> None:
+    def _publish_step(self, gone: set[str]) -> None:
         self._next = time.monotonic() + self._interval
         before, now = self._before, self._sums()
         self._before = now
@@ -66,7 +66,7 @@ class StepEvents:
         build_ms = grown.pop("build_seconds") * 1000
         if any(segments.values()):
             self._publisher.publish("segments", **segments, recluster_ms=build_ms)
-        step = self._runtime.last_step
+        rows = self._rows(gone)
         self._publisher.publish(
             "step",
             steps=grown["num_steps"],
@@ -77,15 +77,17 @@ class StepEvents:
             context_tokens=grown["context_tokens"],
             recluster_ms=build_ms,
             pool=self._runtime.pool_report(),
-            num_requests=step.num_rows,
-            num_sparse_requests=step.num_sparse,
-            requests=self._rows(),
+            num_requests=len(rows),
+            num_sparse_requests=sum(row["sparse"] for row in rows),
+            requests=rows[:MAX_REQUESTS],
         )
 
-    def _rows(self) -> list[dict[str, Any]]:
-        """The rows of the last step, the longest first."""
+    def _rows(self, gone: set[str]) -> list[dict[str, Any]]:
+        """The rows of the last step that are not gone, the longest first."""
         step = self._runtime.last_step
-        rows = sorted(zip(step.rows, step.counters, strict=True), key=lambda pair: -pair[0].seq_len)
+        pairs = zip(step.rows, step.counters, strict=True)
+        rows = [pair for pair in pairs if pair[0].rid not in gone]
+        rows.sort(key=lambda pair: -pair[0].seq_len)
         return [
             {
                 "rid": row.rid,
@@ -94,7 +96,7 @@ class StepEvents:
                 "token_budget": None if row.is_switched_off else row.token_budget,
                 "sparse": counters[SPARSE_STEPS] == step.num_layers,
             }
-            for row, counters in rows[:MAX_REQUESTS]
+            for row, counters in rows
         ]
 
     def _request(self, req: Any) -> dict[str, Any]:

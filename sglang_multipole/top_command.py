@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -52,6 +53,10 @@ def run(arguments: argparse.Namespace) -> int:
             stack.enter_context(contextlib.closing(events))
             _show(events, where, is_live=arguments.replay is None)
     except KeyboardInterrupt:
+        return 0
+    except BrokenPipeError:
+        # `top | head`: the reader has had enough; nothing may be flushed into the pipe at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (OSError, ValueError) as error:
         sys.stderr.write(f"sglang-multipole top: {error}\n")

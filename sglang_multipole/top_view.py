@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 
 from rich import box
@@ -111,8 +112,9 @@ def _pool(state: TopState) -> str:
 def _step_times(state: TopState) -> str:
     if not state.step_ms:
         return "-"
-    longest = max(state.step_ms) or 1.0
-    bars = "".join(_BARS[round(ms / longest * (len(_BARS) - 1))] for ms in state.step_ms)
+    # one step in which much is clustered must not flatten all others
+    full = 2 * statistics.median(state.step_ms) or 1.0
+    bars = "".join(_BARS[round(min(ms / full, 1) * (len(_BARS) - 1))] for ms in state.step_ms)
     return f"{state.step_ms[-1]:.1f} ms  {bars}"
 
 

@@ -140,7 +140,9 @@ def test_a_runtime_tells_of_its_steps_segments_and_requests(endpoint: str) -> No
         time.sleep(0.02)
         reporting.after_step([req], [])
     host.step()
+    time.sleep(0.02)
     reporting.after_step([req], [req])
+    time.sleep(0.02)
     reporting.after_step([req], [req])  # as overlap scheduling does
     reporting.publisher.close()
     events = [e for e in subscriber.until("stop") if e["event"] != "heartbeat"]
@@ -157,7 +159,14 @@ def test_a_runtime_tells_of_its_steps_segments_and_requests(endpoint: str) -> No
         ("long", True),
         ("short", False),
     ]
+    # one that has ended is not listed, though a step of it was under way
+    assert [r["rid"] for r in steps[-1]["requests"]] == ["short"]
     assert steps[0]["pool"] == host.runtime.pool_report() | steps[0]["pool"]
+    text = (Path(__file__).parent.parent / "docs" / "events.md").read_text()
+    for key in {key for event in events for key in event}:
+        assert f"`{key}`" in text
+    for key in {*steps[0]["requests"][0], *steps[0]["dense_steps"], *steps[0]["pool"]}:
+        assert f"`{key}`" in text
     built = [e for e in events if e["event"] == "segments"]
     assert sum(e["built"] for e in built) == host.runtime.planner.stats.segments_built == 1
     request = next(e for e in events if e["event"] == "request")

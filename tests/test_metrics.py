@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from pathlib import Path
 from types import SimpleNamespace
 
 import prometheus_client
@@ -66,6 +67,17 @@ def test_metrics_agree_with_the_report(host, registry, collector):
     dense = {reason: value(registry, "dense_steps_total", reason=reason) for reason in REASONS}
     assert dense == report["dense_steps"]
     assert dense["below_min_context"] == report["totals"]["dense_steps"] == 3
+
+
+def test_every_metric_is_in_the_documentation(host, registry, collector):
+    MultipoleMetrics(collector, host.runtime)
+    text = (Path(__file__).parent.parent / "docs" / "operating.md").read_text()
+    names = {m.name.removeprefix("sglang:multipole_") for m in registry.collect()}
+    assert len(names) > 10
+    for name in names:
+        assert f"`{name}`" in text or f"`{name}_total`" in text
+    for word in (*REASONS, "free", "sealed", "open", "ordered"):
+        assert f"`{word}`" in text
 
 
 def test_updates_under_load_are_a_second_apart(host, registry, collector):

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from sglang_multipole import cli
 from sglang_multipole.event_source import EventSource
 from sglang_multipole.local_server import LocalServer, find_free_port
 from tests.server_fixture import GetServer
@@ -218,3 +219,19 @@ def test_a_subscriber_killed_under_load_disturbs_no_answer(server: LocalServer) 
             subscriber.kill()
             subscriber.wait()
     assert [answer.result()["output_ids"] for answer in answers] == [expected] * 4
+
+
+def test_check_finds_the_server_active_and_sharing(
+    server: LocalServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["check", "--base-url", server.base_url]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("ok    active: 7 of 7 steps sparse at 1280 tokens")
+    assert lines[2] == "ok    sharing: the second request found 1 segments ready"
+
+
+def test_check_says_that_a_dense_server_is_dense(
+    get_server: GetServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["check", "--base-url", get_server().base_url]) == 1
+    assert "multipole attention is off in this server" in capsys.readouterr().out

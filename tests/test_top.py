@@ -145,6 +145,15 @@ def test_a_replay_keeps_the_time_between_events(recording: Path) -> None:
     assert 0.1 <= time.monotonic() - before < 2
 
 
+def test_a_reader_that_has_had_enough_is_no_error(recording: Path) -> None:
+    command = f"{sys.executable} -m sglang_multipole top --replay {recording} | head -n 1"
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
