@@ -8,9 +8,12 @@ subscriber that is too slow, which it sees by the same gaps.
 from __future__ import annotations
 
 import atexit
+import errno
 import itertools
+import os
 import queue
 import secrets
+import socket
 import threading
 import time
 from typing import Any
@@ -53,8 +56,9 @@ class EventPublisher:
         self._socket.linger = int(CLOSE_SECONDS * 1000)
         self._socket.ipv6 = True
         try:
+            _require_no_listener(endpoint)
             self._socket.bind(endpoint)
-        except zmq.ZMQError as error:
+        except (OSError, zmq.ZMQError) as error:
             self._socket.close()
             self._context.term()
             raise RuntimeError(
@@ -109,3 +113,20 @@ class EventPublisher:
             self._socket.send_multipart([topic, payload])
         self._socket.close()
         self._context.term()
+
+
+def _require_no_listener(endpoint: str) -> None:
+    """ZeroMQ takes the name of a Unix socket from whoever listens on it; refuse that.
+
+    Raises:
+        OSError: somebody listens.
+    """
+    path = endpoint.removeprefix("ipc://")
+    if path == endpoint:
+        return
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(path)
+        except OSError:
+            return  # no such file, or what a killed server left behind
+    raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 import socket
 import subprocess
 import sys
@@ -85,7 +86,7 @@ def test_a_dry_run_starts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_doctor_accepts_what_the_server_accepts(model_path: Path) -> None:
     done = run("doctor", "--model-path", str(model_path), "--port", "0")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "all 10 apply" in done.stdout
+    assert re.search(r"ok    hooks: all \d+ apply", done.stdout)
     assert "LlamaForCausalLM: 30 layers, 3 KV heads of 64" in done.stdout
     assert "GiB for --max-total-tokens 32768" in done.stdout
     assert done.stdout.endswith("a server can be started\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -104,12 +105,21 @@ def test_a_value_that_json_does_not_know_does_not_end_the_stream(
     assert subscriber.until("request")[-1]["rid"] == "next"
 
 
-def test_an_occupied_address_is_one_clear_error() -> None:
-    endpoint = f"tcp://127.0.0.1:{find_free_port()}"
+@pytest.mark.parametrize("scheme", ["tcp", "ipc"])
+def test_an_occupied_address_is_one_clear_error(scheme: str, endpoint: str) -> None:
+    """ZeroMQ would let a second server take a Unix socket's name from the first."""
+    if scheme == "tcp":
+        endpoint = f"tcp://127.0.0.1:{find_free_port()}"
     first = EventPublisher(endpoint)
-    with pytest.raises(RuntimeError, match="must be free and of this machine, got tcp://127"):
+    with pytest.raises(RuntimeError, match=f"must be free and of this machine, got {scheme}://"):
         EventPublisher(endpoint)
     first.close()
+
+
+def test_the_socket_of_a_killed_server_is_in_nobodys_way(endpoint: str) -> None:
+    with socket.socket(socket.AF_UNIX) as left_behind:
+        left_behind.bind(endpoint.removeprefix("ipc://"))
+    EventPublisher(endpoint).close()
 
 
 class Req(SimpleNamespace):
