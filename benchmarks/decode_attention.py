@@ -36,17 +36,19 @@ from tests.decode_case import DecodeCase, make_case, quantize
 NUM_LAYERS = 36
 NUM_RECENT = 200  # between one and two recluster intervals
 MAX_RELATIVE_ERROR = 6e-3  # bfloat16 against float32
+# clusters that rank alike to the rounding of their float16 weights may be taken either way
+MAX_DIFFERENT = 0.02
 # contexts x batches x budgets in tokens, or a share of the context
 SHAPES = {
-    (8192, 1): (512, 1024),
-    (8192, 4): (512, 1024),
-    (8192, 16): (512, 1024),
-    (32768, 1): (512, 1024, 0.05),
-    (32768, 4): (512, 1024, 0.05),
-    (32768, 16): (128, 512, 1024, 0.05, 0.1),
+    (131072, 16): (512, 1024, 0.05, 0.1),
     (131072, 1): (512, 1024, 0.05),
     (131072, 4): (1024, 0.05),
-    (131072, 16): (128, 512, 1024, 0.05, 0.1),
+    (32768, 16): (128, 512, 1024, 0.05, 0.1),
+    (32768, 1): (512, 1024),
+    (8192, 16): (512, 1024),
+    (8192, 1): (512, 1024),
+    (32768, 4): (512, 1024),
+    (8192, 4): (512, 1024),
     (524288, 1): (1024,),
 }
 
@@ -205,10 +207,11 @@ def bench_shape(context, batch, budgets, num_kv_heads, options, environment) -> 
                 layer.plan.token_budget.fill_(budget)
             out = torch.full_like(case.q, torch.nan)
             calls = stage_calls(named, out, {})
-            error, different, _ = relative_error(case, out, 0)
-            if not error <= MAX_RELATIVE_ERROR:
-                print(f"  {name}, budget {budget}: error {error:.1e}: not timed")
-                sys.exit(1)
+            error, different, expected = relative_error(case, out, 0)
+            if not error <= MAX_RELATIVE_ERROR or different > MAX_DIFFERENT * expected:
+                print(f"  {name}, budget {budget}: error {error:.1e}, {different} of {expected}")
+                options.failed = True
+                continue
             stages = {stage: time_graph(calls[stage], replays=20) for stage in calls}
             plan = time_graph([lambda case=case: plan_chunks(case.plan, case.workspace, batch)])
             whole = stages["all"]
@@ -246,6 +249,7 @@ def main() -> None:
     parser.add_argument("--dense", default="flashinfer,sglang-triton")
     parser.add_argument("--contexts", default="", help="only these, comma separated")
     options = parser.parse_args()
+    options.failed = False
     options.centroids = options.centroids.split(",")
     options.dense = [name for name in options.dense.split(",") if name]
     contexts = {int(context) for context in options.contexts.split(",") if context}
@@ -269,6 +273,8 @@ def main() -> None:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(rows)
+    if options.failed:
+        sys.exit("a result was wrong and was not timed")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import MutableMapping
 from typing import Any
 
@@ -23,6 +24,7 @@ def requested_config(arguments: MutableMapping[str, Any]) -> MultipoleConfig | N
 
     Raises:
         ConfigError: the configuration is wrong, or given without asking for multipole.
+        RefusedError: something else is asked for that cannot be combined with it.
     """
     named = [name for name in _BACKEND_ARGUMENTS if arguments.get(name) == BACKEND_NAME]
     values = arguments.get("multipole_config")
@@ -42,6 +44,7 @@ def requested_config(arguments: MutableMapping[str, Any]) -> MultipoleConfig | N
         arguments["decode_attention_backend"] = BACKEND_NAME
     if config.dense_backend != "auto" and arguments.get("prefill_attention_backend") is None:
         arguments["prefill_attention_backend"] = config.dense_backend
+    refusals.check_requested(types.SimpleNamespace(**arguments))
     return config
 
 

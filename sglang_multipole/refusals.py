@@ -117,7 +117,7 @@ ARGUMENTS = (
     ),
     Refusal(
         "another decode backend",
-        lambda args: args.decode_attention_backend != BACKEND_NAME,
+        lambda args: getattr(args, "decode_attention_backend", BACKEND_NAME) != BACKEND_NAME,
         "leave out --decode-attention-backend; choose the prefill backend with "
         "--prefill-attention-backend",
     ),
@@ -160,8 +160,23 @@ MODELS = (
 )
 
 
+def check_requested(arguments: Any) -> None:
+    """Raise RefusedError naming what the user asked for that cannot be combined.
+
+    Runs before SGLang resolves the arguments, whose own answer may name neither us nor a recipe.
+
+    Args:
+        arguments: an object with the server's arguments as attributes; those not given may lack.
+    """
+    _raise([f"{r.feature}: {r.recipe}" for r in ARGUMENTS if r.is_on(arguments)])
+
+
 def check_arguments(server_args: Any, config: MultipoleConfig) -> None:
-    """Raise RefusedError naming every argument and property of the model that is in the way."""
+    """Raise RefusedError naming every argument and property of the model that is in the way.
+
+    Args:
+        server_args: SGLang's, resolved; what it has switched on itself counts too.
+    """
     problems = [f"{r.feature}: {r.recipe}" for r in ARGUMENTS if r.is_on(server_args)]
     if not problems:
         model_config = server_args.get_model_config()

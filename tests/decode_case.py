@@ -311,3 +311,27 @@ def selected_flags(case: DecodeCase, nth: int) -> torch.Tensor:
         count = int(workspace.num_selected_clusters[nth, head])
         flags[head, workspace.selected_clusters[nth, head, :count].cpu().long()] = True
     return flags.to(case.q.device)
+
+
+def attention_given_selection(case: DecodeCase, nth: int, selected: torch.Tensor) -> torch.Tensor:
+    """[H * G, D] float32 reference output of a row whose selection [H, K] is given.
+
+    Two clusters that rank alike to rounding may be taken either way; this separates the question
+    of what was selected from that of how it was attended to.
+    """
+    given = reference_inputs(case, nth, torch.float32)
+    num_kv_heads, head_dim = given["keys"].shape[1:]
+    q = given["q"].view(num_kv_heads, -1, head_dim)
+    keys, values = given["keys"].transpose(0, 1), given["values"].transpose(0, 1)
+    ids, sizes = given["cluster_ids"], given["cluster_sizes"]
+    exactly = (ids < 0) | selected.gather(-1, ids.clamp(min=0))
+    exact_out, exact_lse = reference.exact_attention(q, keys, values, exactly, case.sm_scale)
+    scores = reference.centroid_lookup(q, given["key_centroids"], case.sm_scale)
+    tail = reference.tail_logits(
+        q, scores, sizes, given["key_variance"], case.sm_scale, case.max_logit_variance
+    )
+    tail_out, tail_lse = reference.centroid_attention(tail, given["value_centroids"], selected)
+    out, _ = reference.merge_states(
+        torch.stack([exact_out, tail_out], -2), torch.stack([exact_lse, tail_lse], -1)
+    )
+    return out.flatten(0, 1)

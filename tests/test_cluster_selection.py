@@ -10,6 +10,8 @@ from multipole_kernels.launch_config import LaunchConfig
 from multipole_kernels.multipole_decode import multipole_decode
 from tests.decode_case import make_case, reference_inputs, selected_flags
 
+pytestmark = pytest.mark.kernel
+
 # (segments in registers) so small that a row of five is read again in every trial
 STREAMED = LaunchConfig(
     num_sms=4, coarse_block_tokens=32, exact_block_tokens=32, select_segments=(1, 2)

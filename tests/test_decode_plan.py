@@ -8,6 +8,8 @@ import torch
 from multipole_kernels.decode_buffers import DecodePlan, DecodeWorkspace
 from multipole_kernels.decode_plan import plan_chunks
 
+pytestmark = pytest.mark.kernel
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

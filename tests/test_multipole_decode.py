@@ -11,6 +11,8 @@ from multipole_kernels.multipole_decode import multipole_decode
 from tests.decode_case import make_case, reference_inputs, selected_flags
 from tests.tolerance import assert_error_within
 
+pytestmark = pytest.mark.kernel
+
 # sparse with an open segment; empty; below the gate; sparse up to a sealed segment's end
 RAGGED = [700, 0, 150, 552]
 

@@ -101,6 +101,12 @@ def test_the_flag_and_the_backend_name_ask_for_the_same():
         assert values["attention_backend"] is None
 
 
+def test_a_conflict_is_named_before_sglang_resolves_the_arguments():
+    asked = {"enable_multipole": True, "enable_deterministic_inference": True}
+    with pytest.raises(refusals.RefusedError, match="deterministic inference: leave out"):
+        arguments.requested_config(asked)
+
+
 def test_without_the_flag_nothing_changes():
     values = {"attention_backend": "triton"}
     assert arguments.requested_config(values) is None

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 
 from sglang_multipole.config import MultipoleConfig
 from tests.test_cluster_pool import SMALL, Host
 
-pytestmark = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available(),
-    reason="needs a GPU or TRITON_INTERPRET=1",
-)
+pytestmark = pytest.mark.interpreted
 
 
 def make_snapshot(host: Host, max_items: int = 64, max_rows: int = 6):

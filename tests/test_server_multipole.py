@@ -73,6 +73,11 @@ def test_below_the_gate_answers_equal_the_dense_server(
     assert activity["exact_tokens"] == activity["context_tokens"] == sum(range(6, 17))
 
 
+def test_an_answer_of_one_token_says_that_nothing_was_decoded(server: LocalServer) -> None:
+    activity = ask(server, SHORT, 1)["meta_info"]["multipole"]
+    assert set(activity.values()) == {0}
+
+
 def test_above_the_gate_every_step_is_sparse(server: LocalServer) -> None:
     activity = ask(server, LONG)["meta_info"]["multipole"]
     assert activity["sparse_steps"] == 11

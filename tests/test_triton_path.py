@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 
@@ -11,9 +9,7 @@ from sglang_multipole.config import MultipoleConfig
 from sglang_multipole.torch_path import TorchPath
 from tests.test_cluster_pool import GROUP, HEADS, SMALL, Host
 
-pytestmark = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") != "1", reason="runs in the interpreter, on the CPU"
-)
+pytestmark = pytest.mark.interpreted
 
 # the kernels take 16 clusters or more a segment
 CONFIG = MultipoleConfig.from_dict(SMALL.to_dict() | {"token_budget": 24})

@@ -35,8 +35,8 @@ class LaunchConfig:
     exact_num_stages: int = 3
     exact_max_registers: int | None = None
     # parts merged with their loads in flight together
-    merge_parts_at_once: int = 8
-    exact_blocks_per_sm: int = 4
+    merge_parts_at_once: int = 16
+    exact_blocks_per_sm: int = 3
     # programmatic dependent launch: a kernel's blocks are placed before its predecessor ends
     overlap_launches: bool = False
 

@@ -24,10 +24,14 @@ def hook(
     original: Callable[..., Any], scheduler: Any, batch: Any, *args: Any, **kwargs: Any
 ) -> Any:
     runtime = runtime_of(scheduler.tp_worker.model_runner)
-    if runtime is None or not batch.forward_mode.is_decode() or not batch.reqs:
+    if runtime is None or not batch.reqs:
+        return original(scheduler, batch, *args, **kwargs)
+    # also before prefill: a request that ends with it answers with zeros, not without an entry
+    activities = [_activity(req) for req in batch.reqs]
+    if not batch.forward_mode.is_decode():
         return original(scheduler, batch, *args, **kwargs)
     rows = sglang_compat.decode_rows(batch, runtime.config)
-    runtime.plan_step(rows, [_activity(req) for req in batch.reqs])
+    runtime.plan_step(rows, activities)
     result = original(scheduler, batch, *args, **kwargs)
     # with overlap scheduling the forward was launched on a stream of its own
     with scheduler.forward_stream_ctx if scheduler.enable_overlap else contextlib.nullcontext():

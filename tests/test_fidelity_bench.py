@@ -1,0 +1,187 @@
+"""The fidelity bench: what its numbers rest on, on a tiny random model and on synthetic keys.
+
+With MULTIPOLE_FIDELITY_MODEL set to a checkpoint folder or a .gguf file, a 1K-token subset runs on
+that model's first layers as well.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="the fidelity bench runs models of transformers")
+
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.fidelity.block import NUM_SINKS, decode_blocks
+from benchmarks.fidelity.capture import capture
+from benchmarks.fidelity.catalog import methods, ours
+from benchmarks.fidelity.checkpoint import load_model
+from benchmarks.fidelity.index_store import IndexStore
+from benchmarks.fidelity.methods.base import paper_bytes, token_bytes
+from benchmarks.fidelity.methods.features import Calibration
+from benchmarks.fidelity.methods.quest import Quest
+from benchmarks.fidelity.methods.selection import take
+from benchmarks.fidelity.methods.tail import KINDS
+from benchmarks.fidelity.metrics import attention_errors, block_at, teacher_forced
+
+TOKENS, DECODED = 1024, 192
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=257,
+        hidden_size=96,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=TOKENS,
+        initializer_range=0.25,
+    )
+    return LlamaForCausalLM(config).float().eval()
+
+
+@pytest.fixture(scope="module")
+def text(model):
+    torch.manual_seed(1)
+    # few distinct tokens: keys then come in groups, as they do in text
+    return capture(model, torch.randint(0, 40, (TOKENS,)).tolist(), DECODED)
+
+
+@pytest.fixture(scope="module")
+def calibration(text):
+    return Calibration.of_capture(text)
+
+
+def last_block(text):
+    begin, end, extent = list(decode_blocks(text.prefix_len, TOKENS))[-1]
+    return block_at(text, begin, end, extent, slice(0, len(text.keys)))
+
+
+def test_blocks_keep_128_to_255_recent_tokens_exact():
+    for begin, end, extent in decode_blocks(300, 1000):
+        assert begin - extent >= 128
+        assert end - 1 - extent <= 255
+
+
+def test_the_dense_method_reproduces_the_model(model, text):
+    indexes = IndexStore(text, text.prefix_len)
+    dense = methods(["dense"])[0]
+    assert teacher_forced(model, text, dense, 64, indexes).kl.abs().max() < 1e-4
+    assert attention_errors(text, dense, 64, indexes).error.max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    "name", ["oracle", "sinks+window", "paper", "squeezed", "ours", "joint", "pair", "ratio-8"]
+)
+def test_a_budget_for_everything_is_dense_attention(text, name):
+    errors = attention_errors(text, methods([name])[0], TOKENS, IndexStore(text, TOKENS))
+    assert errors.error.max() < 1e-4
+    assert errors.mass.min() > 1 - 1e-4
+
+
+def test_every_method_stays_within_its_bytes(text, calibration):
+    block = last_block(text)
+    indexes = IndexStore(text, TOKENS)
+    byte_budget = paper_bytes(block, 96)
+    for method in methods(calibration=calibration):
+        if method.name == "dense":
+            continue
+        answer = method.attend(block, indexes, byte_budget)
+        # budgets shared by the heads of a layer hold on average
+        by_layer = answer.tokens.unflatten(0, (-1, block.num_kv_heads)).float().mean(1)
+        tokens = by_layer.max() if method.name == "heads" else answer.tokens.max()
+        read = answer.index_bytes + tokens * token_bytes(block.keys.shape[-1])
+        assert read <= byte_budget, method.name
+        assert answer.out.isfinite().all(), method.name
+
+
+def test_the_oracle_covers_the_most_mass(text):
+    indexes = IndexStore(text, TOKENS)
+    names = ["oracle", "sinks+window", "quest", "paper", "ours"]
+    mass = {m.name: attention_errors(text, m, 64, indexes).mass.mean() for m in methods(names)}
+    assert max(mass, key=mass.get) == "oracle"
+
+
+def test_a_page_bound_is_never_below_a_logit_of_the_page(text):
+    block = last_block(text)
+    bounds = Quest().page_bounds(block).repeat_interleave(16, -1)[..., : block.num_clustered]
+    assert (bounds - block.candidates).min() > -1e-4
+
+
+def test_clusters_hold_every_clustered_token_once(text):
+    method = ours()
+    block = last_block(text)
+    segments = IndexStore(text, TOKENS).segments(block, method.clusterer)
+    sizes = torch.cat([s.sizes for s in segments], -1)
+    assert (sizes.sum(-1) == block.extent - NUM_SINKS).all()
+    assert sizes.max() <= 64
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tail_mass_with_a_variance_is_not_below_the_plain_mean(text, kind):
+    block = last_block(text)
+    indexes = IndexStore(text, TOKENS)
+    plain, corrected = ours(variance="none"), ours(variance=kind)
+    segments = indexes.segments(block, plain.clusterer)
+    sizes = torch.cat([s.sizes for s in segments], -1)
+    _, _, without = plain.estimate(block, segments, sizes)
+    _, variance, log_mass = corrected.estimate(block, segments, sizes)
+    # an empty cluster has a mass of exp(-inf) in both
+    assert ((log_mass - without).nan_to_num(0.0) >= -1e-4).all()
+    if kind == "true":
+        assert (variance >= 0).all()
+
+
+def test_fill_takes_what_fits_after_a_cluster_that_does_not():
+    ranks = torch.tensor([[[0.5, 0.4, 0.3, 0.2]]])
+    sizes = torch.tensor([[6, 8, 3, 1]])
+    assert take(ranks, sizes, 10).tolist() == [[[True, False, False, False]]]
+    assert take(ranks, sizes, 10, "fill").tolist() == [[[True, False, True, True]]]
+    assert take(ranks, sizes, 20, "threshold", 0.35).tolist() == [[[True, True, False, False]]]
+
+
+def test_decoding_in_blocks_equals_decoding_token_by_token(model, text):
+    """Later tokens of the pass must not leak into earlier ones, nor change their clusters."""
+    method = ours()
+    whole = teacher_forced(model, text, method, 48, IndexStore(text, text.prefix_len))
+    shorter = capture(model, text.token_ids[:-100].tolist(), DECODED - 100)
+    part = teacher_forced(model, shorter, method, 48, IndexStore(shorter, shorter.prefix_len))
+    torch.testing.assert_close(part.kl, whole.kl[:-100], atol=1e-4, rtol=1e-3)
+
+
+def test_known_segments_are_built_once(text):
+    shared: dict = {}
+    block = last_block(text)
+    indexes = IndexStore(text, TOKENS, shared)
+    first = indexes.segments(block, ours().clusterer)
+    second = indexes.segments(block, ours(number_format="bf16").clusterer)
+    assert len(shared) == len(first)
+    assert first[0].cluster_ids.data_ptr() == second[0].cluster_ids.data_ptr()
+
+
+def test_on_a_real_model_ours_is_closer_than_the_paper():
+    path = os.environ.get("MULTIPOLE_FIDELITY_MODEL")
+    if not path:
+        pytest.skip("MULTIPOLE_FIDELITY_MODEL names no checkpoint")
+    from transformers import AutoTokenizer
+
+    from benchmarks.fidelity.checkpoint import tokenizer_arguments
+    from benchmarks.fidelity.texts import language_reference
+
+    real = load_model(path, num_layers=4)
+    tokenizer = AutoTokenizer.from_pretrained(**tokenizer_arguments(path))
+    ids = tokenizer(language_reference("dev")[:20_000]).input_ids[:1024]
+    dense = capture(real, ids, 128)
+    indexes = IndexStore(dense, len(ids))
+    error = {
+        m.name: attention_errors(dense, m, 64, indexes).error.mean()
+        for m in methods(["paper", "ours"])
+    }
+    assert error["ours"] < 0.7 * error["paper"]
