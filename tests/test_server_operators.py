@@ -13,11 +13,15 @@ from pydoc_data.topics import topics
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
 
 from sglang_multipole import cli
+from sglang_multipole.config import MultipoleConfig
 from sglang_multipole.event_source import EventSource
 from sglang_multipole.local_server import LocalServer, find_free_port
+from sglang_multipole.request_settings import RequestSettingsError, token_budget
 from tests.server_fixture import GetServer
+from tests.test_request_settings import near_misses
 
 pytestmark = pytest.mark.server
 
@@ -186,6 +190,27 @@ def test_a_wrong_setting_is_answered_400_and_the_server_goes_on(
     body = {"text": SHORT, "sampling_params": {"custom_params": custom_params}}
     assert message in json.loads(refusal(server, "/generate", body))["error"]["message"]
     assert ask(server, SHORT)["meta_info"]["completion_tokens"] == 12
+
+
+def is_wrong(custom_params: dict[str, Any]) -> bool:
+    try:
+        token_budget(custom_params, MultipoleConfig.from_dict(CONFIG))
+    except RequestSettingsError:
+        return True
+    return False
+
+
+def test_a_thousand_wrong_settings_leave_the_server_answering(server: LocalServer) -> None:
+    expected = ask(server, SHORT)["output_ids"]
+
+    @settings(max_examples=1000, deadline=None, database=None)
+    @given(near_misses.filter(is_wrong))
+    def refuse(custom_params: dict[str, Any]) -> None:
+        body = {"text": SHORT, "sampling_params": {"custom_params": custom_params}}
+        assert "multipole" in refusal(server, "/generate", body)
+
+    refuse()
+    assert ask(server, SHORT)["output_ids"] == expected
 
 
 def test_a_subscriber_sees_every_request_and_no_gap(server: LocalServer) -> None:
