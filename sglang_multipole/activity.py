@@ -53,6 +53,12 @@ class ActivityEntry:
 
     def __init__(self, activity: Activity):
         self.activity = activity
+        self._is_finished = False
+
+    def finish(self) -> bool:
+        """Note that the request has ended; false if that was noted before."""
+        was_finished, self._is_finished = self._is_finished, True
+        return not was_finished
 
     def __getitem__(self, new_tokens: slice) -> list[dict[str, int]]:
         return [self.activity.to_dict()]

@@ -55,12 +55,13 @@ def attach_runtime(runner: Any, values: dict[str, Any]) -> None:
     kv_bytes = sum(layer.key_buffer.nbytes + layer.value_buffer.nbytes for layer in layers)
     logger.info(
         "Multipole attention: cluster pool %.3f GiB (%.1f %% of the KV pool), %d segments of %d "
-        "tokens; token budget %d, exact below %d tokens",
+        "tokens; token budget %d (of a request: up to %d), exact below %d tokens",
         pool.nbytes / 2**30,
         100 * pool.nbytes / kv_bytes,
         num_places - 1,
         config.segment_size,
         config.token_budget,
+        config.token_budget_limit,
         config.min_context,
     )
 

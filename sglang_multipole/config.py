@@ -8,7 +8,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from sglang_multipole import events_endpoint
+
 BACKEND_NAME = "multipole"
+_DEFAULT_MAX_TOKEN_BUDGET = 4096  # tokens
 
 
 class ConfigError(ValueError):
@@ -24,6 +27,10 @@ def _choice(default: str, help_text: str, *choices: str):
     return dataclasses.field(default=default, metadata={"help": help_text, "choices": choices})
 
 
+def _text(default: str, help_text: str):
+    return dataclasses.field(default=default, metadata={"help": help_text, "is_text": True})
+
+
 @dataclasses.dataclass(frozen=True)
 class MultipoleConfig:
     """What an operator can set, with `--multipole-config '{"token_budget": 1024}'`."""
@@ -31,6 +38,14 @@ class MultipoleConfig:
     token_budget: int = _key(
         512,
         "tokens each KV head attends to exactly per step, beside sinks and recent tokens",
+        "tokens",
+        0,
+        1 << 20,
+    )
+    max_token_budget: int = _key(
+        0,
+        "the largest token_budget that a request may ask for; sizes the decode buffers; 0 chooses "
+        "the larger of token_budget and 4096",
         "tokens",
         0,
         1 << 20,
@@ -98,9 +113,31 @@ class MultipoleConfig:
         "torch_native",
     )
 
+    events_endpoint: str = _text(
+        "",
+        "address at which each scheduler publishes events, tcp:// or ipc://; none if empty; "
+        "see docs/events.md",
+    )
+    events_allow_remote: bool = _key(
+        False, "let events_endpoint be an address that other machines can reach", ""
+    )
+    events_interval_ms: int = _key(
+        250, "at least so much time lies between two step events", "milliseconds", 10, 60000
+    )
+
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, _checked(field, getattr(self, field.name)))
+        if self.events_endpoint:
+            try:
+                events_endpoint.check(self.events_endpoint, self.events_allow_remote)
+            except ValueError as error:
+                raise ConfigError(f"events_endpoint {error}") from error
+        if self.token_budget > self.token_budget_limit:
+            raise ConfigError(
+                f"token_budget ({self.token_budget} tokens) must be at most max_token_budget "
+                f"({self.max_token_budget} tokens); raise max_token_budget, or leave it out"
+            )
         if self.segment_size % self.recluster_interval:
             raise ConfigError(
                 f"segment_size ({self.segment_size} tokens) must be a multiple of "
@@ -124,9 +161,9 @@ class MultipoleConfig:
         return self.tokens_per_cluster * self.max_cluster_size_ratio
 
     @property
-    def max_token_budget(self) -> int:
-        """The largest budget a request can have, in tokens."""
-        return self.token_budget
+    def token_budget_limit(self) -> int:
+        """The largest budget a request can have, in tokens: max_token_budget, or what 0 chooses."""
+        return self.max_token_budget or max(self.token_budget, _DEFAULT_MAX_TOKEN_BUDGET)
 
     @property
     def clusters_per_segment(self) -> int:
@@ -204,6 +241,10 @@ def _checked(field: dataclasses.Field, value: Any) -> Any:
     if choices is not None:
         if value not in choices:
             raise ConfigError(f"{field.name} must be one of {', '.join(choices)}, got {value!r}")
+        return value
+    if field.metadata.get("is_text"):
+        if not isinstance(value, str):
+            raise ConfigError(f"{field.name} must be a text, got {value!r}")
         return value
     if isinstance(field.default, bool):
         if not isinstance(value, bool):

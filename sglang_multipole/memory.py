@@ -24,7 +24,15 @@ def bytes_per_token(config: MultipoleConfig, kvc: Any, num_layers: int) -> int:
 
     num_kv_heads = kvc.model_config.get_num_kv_heads(get_parallel().attn_tp_size)
     element_size = kvc.kv_cache_dtype.itemsize
-    segment = place_bytes(config, num_layers, num_kv_heads, kvc.model_config.head_dim, element_size)
+    head_dim = kvc.model_config.head_dim
+    return bytes_of_shape(config, num_layers, num_kv_heads, head_dim, element_size)
+
+
+def bytes_of_shape(
+    config: MultipoleConfig, num_layers: int, num_kv_heads: int, head_dim: int, element_size: int
+) -> int:
+    """The same from the sizes of one rank; element_size in bytes."""
+    segment = place_bytes(config, num_layers, num_kv_heads, head_dim, element_size)
     with_headroom = segment if config.pool_headroom else segment * 17 // 16
     # per slot: segment_of_slot and slot_generation, int32 each
     return -(-with_headroom // config.segment_size) + 8

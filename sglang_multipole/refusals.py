@@ -99,6 +99,11 @@ ARGUMENTS = (
     Refusal(
         "diffusion language models", _flag("dllm_algorithm", None), "leave out --dllm-algorithm"
     ),
+    Refusal(
+        "several tokenizer processes",
+        _flag("tokenizer_worker_num", 1),
+        "leave out --tokenizer-worker-num: SGLang loads no plugins in them",
+    ),
     Refusal("torch.compile", _flag("enable_torch_compile"), "leave out --enable-torch-compile"),
     Refusal(
         "elastic expert parallelism",
@@ -214,13 +219,18 @@ def check_runner(runner: Any) -> None:
 
 def _gpu_problems(runner: Any) -> list[str]:
     """What the Triton kernels do not do."""
+    return kernel_problems(
+        runner.dtype, runner.model_config.head_dim, sglang_compat.gqa_group_size(runner.model)
+    )
+
+
+def kernel_problems(dtype: torch.dtype, head_dim: int, group: int) -> list[str]:
+    """What of a model's type and sizes the Triton kernels do not do; group: gqa_group_size."""
     problems = []
-    if runner.dtype not in (torch.float16, torch.bfloat16):
-        problems.append(f"dtype {runner.dtype}: use --dtype bfloat16 or float16")
-    head_dim = runner.model_config.head_dim
+    if dtype not in (torch.float16, torch.bfloat16):
+        problems.append(f"dtype {dtype}: use --dtype bfloat16 or float16")
     if head_dim not in SUPPORTED_HEAD_DIMS:
         problems.append(f"head_dim {head_dim}, not one of {SUPPORTED_HEAD_DIMS}: {_DENSE}")
-    group = sglang_compat.gqa_group_size(runner.model)
     if group > MAX_GQA_GROUP_SIZE:
         problems.append(f"{group} query heads a KV head, at most {MAX_GQA_GROUP_SIZE}: {_DENSE}")
     return problems

@@ -16,9 +16,11 @@ from typing import Any, Protocol
 
 import torch
 
+from multipole_kernels.torch_decode import DENSE_STEPS, SPARSE_STEPS
 from sglang_multipole.activity import Activity
 from sglang_multipole.cluster_pool import ClusterPool
 from sglang_multipole.config import MultipoleConfig
+from sglang_multipole.dense_reasons import REASONS, dense_reason
 from sglang_multipole.segment_builder import SegmentBuilder
 from sglang_multipole.segment_planner import DecodeRow, SegmentPlanner, StepFeedback, StepPlan
 
@@ -54,6 +56,24 @@ class PendingFeedback:
     activities: Sequence[Activity]
     built: list[bool]
     results: StepResults
+    started: float  # time.perf_counter() of its plan
+
+
+@dataclasses.dataclass(frozen=True)
+class StepOutcome:
+    """What a decode step did: its rows with their counters [B][4], summed over the layers."""
+
+    rows: Sequence[DecodeRow]
+    counters: Sequence[Sequence[int]]
+    num_layers: int
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.rows)
+
+    @property
+    def num_sparse(self) -> int:
+        return sum(counters[SPARSE_STEPS] == self.num_layers for counters in self.counters)
 
 
 class MultipoleRuntime:
@@ -69,7 +89,14 @@ class MultipoleRuntime:
         self.config, self.pool, self.builder, self.path = config, pool, builder, path
         self.planner = SegmentPlanner(config, pool.num_places)
         self.totals = Activity()
+        self.dense_steps = dict.fromkeys(REASONS, 0)
         self.build_seconds = 0.0
+        # wall time of decode steps, from the step before or from its own plan
+        self.num_steps, self.step_seconds = 0, 0.0
+        self.last_step = StepOutcome((), (), pool.shape.num_layers)
+        self.reporting: Any = None  # sglang_multipole.reporting.Reporting
+        self._step_ended = 0.0
+        self._step_started = 0.0
         self._plan: StepPlan | None = None
         self._activities: Sequence[Activity] = ()
         self._built: list[bool] = []
@@ -78,6 +105,7 @@ class MultipoleRuntime:
 
     def plan_step(self, rows: Sequence[DecodeRow], activities: Sequence[Activity]) -> None:
         """Orders for the next decode step; activities[i] is added to by what row i's step does."""
+        self._step_started = time.perf_counter()
         self._plan, self._activities = self.planner.plan(rows), activities
 
     def begin_step(self, rows: torch.Tensor, seq_lens: torch.Tensor) -> None:
@@ -107,9 +135,8 @@ class MultipoleRuntime:
     def end_step(self) -> PendingFeedback:
         """Send the step's results to the host; after the forward was launched, on its stream."""
         plan, self._plan = self._plan, None
-        return PendingFeedback(
-            plan, self._activities, self._built, self.path.results(len(plan.rows))
-        )
+        results = self.path.results(len(plan.rows))
+        return PendingFeedback(plan, self._activities, self._built, results, self._step_started)
 
     def apply_feedback(self, pending: PendingFeedback) -> None:
         """Take in a step's results; waits until they have arrived."""
@@ -120,12 +147,19 @@ class MultipoleRuntime:
         for row, activity, row_counters in rows:
             for sums in (activity, self.totals):
                 sums.add_step(row_counters, num_layers)
+            if row_counters[DENSE_STEPS] == num_layers:
+                self.dense_steps[dense_reason(row, pending.plan, self.config)] += 1
             request = self.planner.request_of(row)
             if request is not None:
                 activity.segments_built = request.segments_built
                 activity.segments_shared = request.segments_shared
         self.totals.segments_built = self.planner.stats.segments_built
         self.totals.segments_shared = self.planner.stats.segments_shared
+        self.last_step = StepOutcome(pending.plan.rows, counters, num_layers)
+        now = time.perf_counter()
+        self.num_steps += 1
+        self.step_seconds += now - max(self._step_ended, pending.started)
+        self._step_ended = now
 
     # ------------------------------------------------------------------------------ the rest
 
@@ -138,21 +172,28 @@ class MultipoleRuntime:
         self.planner.check_integrity()
         self.pool.check_integrity()
 
+    def pool_report(self) -> dict[str, int]:
+        """Bytes of the pool, and its places by state."""
+        planner = self.planner
+        return {
+            "bytes": self.pool.nbytes,
+            "workspace_bytes": self.path.nbytes,
+            "places": self.pool.num_places - 1,
+            "free": len(planner.free),
+            "sealed": len(planner.sealed),
+            "open": sum(bool(r.open_place) for r in planner.requests.values()),
+            "ordered": len(planner.in_order),
+        }
+
     def report(self) -> dict[str, Any]:
         """Plain builtins for /server_info."""
-        planner = self.planner
         return {
             "enabled": True,
             "config": self.config.to_dict(),
-            "pool": {
-                "bytes": self.pool.nbytes,
-                "workspace_bytes": self.path.nbytes,
-                "places": self.pool.num_places - 1,
-                "free": len(planner.free),
-                "sealed": len(planner.sealed),
-                "open": sum(bool(r.open_place) for r in planner.requests.values()),
-            },
-            "segments": dataclasses.asdict(planner.stats),
+            "pool": self.pool_report(),
+            "segments": dataclasses.asdict(self.planner.stats),
             "build_seconds": self.build_seconds,
             "totals": self.totals.to_dict(),
+            "dense_steps": dict(self.dense_steps),
+            "events": self.reporting.report() if self.reporting is not None else {},
         }

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from sglang_multipole.config import MultipoleConfig
 from sglang_multipole.segment_builder import BuildOrder
 
+SWITCHED_OFF = 2**31 - 1  # the token budget of a request that asks for exact attention
+
 
 @dataclasses.dataclass(frozen=True)
 class DecodeRow:
@@ -28,12 +30,17 @@ class DecodeRow:
     token_budget: int
     row_generation: int = 0
 
+    @property
+    def is_switched_off(self) -> bool:
+        return self.token_budget == SWITCHED_OFF
+
 
 @dataclasses.dataclass(frozen=True)
 class StepPlan:
     """What the device does before a decode step: kills, then builds, in order.
 
-    order_rids names the request of each order. epoch tells plans made before a clear().
+    order_rids names the request of each order. epoch tells plans made before a clear(). starved
+    are the requests for which the pool had no place.
     """
 
     step: int
@@ -42,6 +49,7 @@ class StepPlan:
     kills: Sequence[int]
     orders: Sequence[BuildOrder]
     order_rids: Sequence[str]
+    starved: frozenset[str] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,20 +134,27 @@ class SegmentPlanner:
         limit = self.num_places if strict else self.config.max_builds_per_step
         orders: list[BuildOrder] = []
         order_rids: list[str] = []
+        starved: set[str] = set()
         for row in rows:
             request = self.requests.setdefault(row.rid, _Request(row.row, row.row_generation))
             request.num_steps += 1
             for segment, extent in self._wanted(row, request):
+                if len(orders) >= limit:
+                    break
                 # a request's first orders are mostly of segments that are there already; only what
                 # the feedback has missed is worth another's place, unless the step must be sparse
                 may_be_shared = extent == self.config.segment_size and request.is_admission
-                place = self._take_place(strict or not may_be_shared) if len(orders) < limit else 0
-                if place:
+                place = self._take_place(strict or not may_be_shared)
+                if not place:
+                    starved.add(row.rid)
+                else:
                     orders.append(BuildOrder(row.row, segment, extent, place))
                     order_rids.append(row.rid)
                     self._note_order(request, orders[-1])
         kills, self._kills = self._kills, []
-        return StepPlan(self.step, self.epoch, list(rows), kills, orders, order_rids)
+        return StepPlan(
+            self.step, self.epoch, list(rows), kills, orders, order_rids, frozenset(starved)
+        )
 
     def request_of(self, row: DecodeRow) -> _Request | None:
         """What is kept of the row's request; None when the request is gone or was retracted."""
@@ -150,6 +165,8 @@ class SegmentPlanner:
 
     def _wanted(self, row: DecodeRow, request: _Request) -> list[tuple[int, int]]:
         """(segment, extent) to order for the row, in order of position."""
+        if row.is_switched_off:
+            return []
         size = self.config.segment_size
         clustered = self.config.clustered_tokens(row.seq_len)
         num_sealed, open_extent = divmod(clustered, size)
@@ -235,6 +252,8 @@ class SegmentPlanner:
             request.segments_built += 1
 
     def _take_in_found(self, row: DecodeRow, request: _Request, found: Sequence[int]) -> None:
+        if row.is_switched_off:
+            return
         size = self.config.segment_size
         num_sealed, open_extent = divmod(self.config.clustered_tokens(row.seq_len), size)
         num_segments = num_sealed + bool(open_extent)

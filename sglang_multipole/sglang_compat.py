@@ -6,12 +6,15 @@ the entry point, in processes that never run a model.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
+from sglang_multipole.config import MultipoleConfig
+from sglang_multipole.request_settings import accepted_token_budget
 from sglang_multipole.segment_builder import KVLayer
 from sglang_multipole.segment_planner import DecodeRow
 
@@ -26,6 +29,10 @@ def sglang_version() -> str:
     return importlib.metadata.version("sglang")
 
 
+def own_version() -> str:
+    return importlib.metadata.version("sglang-multipole")
+
+
 def config_values(server_args: Any) -> dict[str, Any] | None:
     """The configuration that travels in server_args, or None when multipole is off."""
     return getattr(server_args, ARGS_ATTRIBUTE, None)
@@ -38,15 +45,26 @@ def applied_hooks() -> set[str]:
     return set(HookRegistry._patched)
 
 
-def decode_rows(batch: Any, token_budget: int) -> list[DecodeRow]:
+def decode_rows(batch: Any, config: MultipoleConfig) -> list[DecodeRow]:
     """The rows of a ScheduleBatch about to decode; lengths include the token being decoded."""
     rows = batch.req_pool_indices_cpu.tolist()
     lengths = batch.seq_lens_cpu.tolist()
     generations = batch.req_to_token_pool.req_generation[batch.req_pool_indices_cpu].tolist()
     return [
-        DecodeRow(req.rid, row, length, token_budget, generation)
+        DecodeRow(
+            req.rid,
+            row,
+            length,
+            accepted_token_budget(req.sampling_params.custom_params, config),
+            generation,
+        )
         for req, row, length, generation in zip(batch.reqs, rows, lengths, generations, strict=True)
     ]
+
+
+def finished_requests(batch: Any) -> list[Any]:
+    """The Reqs of a processed ScheduleBatch that have ended, each possibly in two batches."""
+    return [req for req in batch.reqs if req.finished()]
 
 
 def attention_layers(model: torch.nn.Module) -> Iterator[tuple[str, Any, Any]]:
@@ -95,3 +113,30 @@ def gqa_group_size(model: torch.nn.Module) -> int:
     """Query heads that share a KV head."""
     _, layer, _ = next(attention_layers(model))
     return layer.tp_q_head_num // layer.tp_k_head_num
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSizes:
+    """A model on one rank, from its configuration alone; gqa_group_size in query heads."""
+
+    architecture: str
+    num_layers: int
+    num_kv_heads: int
+    gqa_group_size: int
+    head_dim: int
+    dtype: torch.dtype
+
+
+def model_sizes(server_args: Any) -> ModelSizes:
+    """The sizes of the model that these ServerArgs would serve."""
+    model_config = server_args.get_model_config()
+    tp_size = server_args.tp_size
+    num_kv_heads = model_config.get_num_kv_heads(tp_size)
+    return ModelSizes(
+        architecture=model_config.hf_config.architectures[0],
+        num_layers=model_config.num_hidden_layers,
+        num_kv_heads=num_kv_heads,
+        gqa_group_size=model_config.num_attention_heads // tp_size // num_kv_heads,
+        head_dim=model_config.head_dim,
+        dtype=model_config.dtype,
+    )

@@ -41,7 +41,7 @@ class _Buffers:
             max_items,
             max_segments,
             # beyond the context a budget changes nothing
-            min(config.max_token_budget, max_context),
+            min(config.token_budget_limit, max_context),
             shape.num_kv_heads,
             gqa_group_size,
             shape.head_dim,

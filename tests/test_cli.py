@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sglang_multipole import cli, demo_model, supervisor
+from sglang_multipole import cli, demo_model, serve_command, supervisor
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_other_mistakes_are_one_clear_line(
 def test_flags_go_to_the_server_untouched(
     started: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "require_free_port", lambda host, port: None)
+    monkeypatch.setattr(serve_command, "require_free_port", lambda host, port: None)
     flags = ["model", "--enable-multipole", "--multipole-config", '{"token_budget": 256}']
     assert cli.main(["serve", *flags]) == 0
     assert started == [[sys.executable, "-m", "sglang_multipole.server", *flags]]

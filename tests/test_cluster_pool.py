@@ -48,6 +48,7 @@ class Host:
         self.rows: dict[str, tuple[int, int]] = {}
         self.activities: dict[str, Activity] = {}
         self.row_generation = 1
+        self.budgets: dict[str, int] = {}  # of requests with another budget than the config's
 
     def alloc(self, count: int) -> torch.Tensor:
         slots, self.free = self.free[:count], self.free[count:]
@@ -72,7 +73,7 @@ class Host:
             self.rows[rid] = (row, length + 1)
         budget = self.runtime.config.token_budget
         rows = [
-            DecodeRow(rid, row, n, budget, self.row_generation)
+            DecodeRow(rid, row, n, self.budgets.get(rid, budget), self.row_generation)
             for rid, (row, n) in self.rows.items()
         ]
         self.runtime.plan_step(rows, [self.activities[rid] for rid in self.rows])

@@ -7,7 +7,7 @@ import dataclasses
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_multipole.config import ConfigError, MultipoleConfig
@@ -66,6 +66,7 @@ _keys = st.one_of(
 )
 
 
+@settings(max_examples=1000)
 @given(st.dictionaries(_keys, _values, max_size=4))
 def test_any_dictionary_gives_a_configuration_or_a_named_error(values):
     with contextlib.suppress(ConfigError):

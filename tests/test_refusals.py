@@ -54,6 +54,7 @@ def test_a_plain_server_is_accepted():
         ({"enable_dp_attention": True}, "DP attention: use --dp-size"),
         ({"kv_cache_dtype": "fp4_e2m1"}, "quantised KV cache: use --kv-cache-dtype auto"),
         ({"enable_torch_compile": True}, "torch.compile: leave out"),
+        ({"tokenizer_worker_num": 2}, "several tokenizer processes: leave out --tokenizer-worker"),
         ({"page_size": 48}, "recluster_interval .128 tokens. must be a multiple"),
         ({"decode_attention_backend": "triton"}, "another decode backend"),
         ({"model_attention_arch": SimpleNamespace(name="MLA")}, "LlamaForCausalLM has .*MLA"),

@@ -17,16 +17,18 @@ from multipole_patches import (
     cell_size,
     from_cli_args,
     internal_state,
+    metrics_reporter,
     process_batch_result,
     request_state,
     run_batch,
+    tokenized_object,
 )
 from sglang_multipole import sglang_compat
 
 # in every process that loads plugins
 ARGUMENT_PATCHES: tuple[ModuleType, ...] = (add_cli_args, from_cli_args)
 # where requests are tokenized and answered, once multipole attention is asked for
-TOKENIZER_PATCHES: tuple[ModuleType, ...] = (request_state,)
+TOKENIZER_PATCHES: tuple[ModuleType, ...] = (request_state, tokenized_object)
 # where the model runs
 SCHEDULER_PATCHES: tuple[ModuleType, ...] = (
     cell_size,
@@ -34,6 +36,7 @@ SCHEDULER_PATCHES: tuple[ModuleType, ...] = (
     run_batch,
     process_batch_result,
     internal_state,
+    metrics_reporter,
 )
 
 

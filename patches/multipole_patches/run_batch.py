@@ -30,7 +30,7 @@ def hook(
     activities = [_activity(req) for req in batch.reqs]
     if not batch.forward_mode.is_decode():
         return original(scheduler, batch, *args, **kwargs)
-    rows = sglang_compat.decode_rows(batch, runtime.config.token_budget)
+    rows = sglang_compat.decode_rows(batch, runtime.config)
     runtime.plan_step(rows, activities)
     result = original(scheduler, batch, *args, **kwargs)
     # with overlap scheduling the forward was launched on a stream of its own
