@@ -12,6 +12,7 @@ import random
 import sys
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from typing import Any
 
 from sglang_multipole.config import MultipoleConfig
@@ -64,7 +65,8 @@ class _Server:
             raise CheckError(f"{self._base_url}{path} must answer with JSON: {error}") from error
 
 
-def _check(server: _Server):
+def _check(server: _Server) -> Iterator[str]:
+    """What is as it should be, in order; CheckError at the first that is not."""
     info = server.ask("/server_info")
     before = _reports(info)
     values = before[0]["config"]
