@@ -136,6 +136,18 @@ def test_a_budget_just_short_of_all_tokens_is_nearly_dense():
     assert (out - dense).norm() / dense.norm() < 0.15
 
 
+def test_a_ragged_batch_equals_its_rows_one_by_one():
+    host = Host(SMALL)
+    for row, length in enumerate((700, 40, 200, 131), start=1):
+        host.add(f"request {row}", row, length)
+    out = host.step()
+    for index, (row, length) in enumerate(host.rows.values()):
+        host.path.begin(torch.tensor([row]), torch.tensor([length]), [SMALL.token_budget], 9)
+        alone = torch.full_like(out[:1], torch.nan)
+        host.path.attend(0, host.q[index : index + 1], host.dim**-0.5, alone)
+        torch.testing.assert_close(alone[0], out[index])
+
+
 def test_forks_share_the_sealed_segments_of_their_prefix():
     host = Host(SMALL)
     host.add("a", 1, 700)
