@@ -9,13 +9,14 @@ from sglang_multipole import (
     check_command,
     demo_model_command,
     doctor_command,
+    eval_command,
     serve_command,
     top_command,
 )
 
 COMMANDS = {"top": top_command, "check": check_command, "demo-model": demo_model_command}
-# these take SGLang's flags, which no parser of ours must know
-SERVER_COMMANDS = {"serve": serve_command, "doctor": doctor_command}
+# these read their arguments themselves; serve's and doctor's are SGLang's, unknown to our parser
+OWN_ARGUMENTS = {"serve": serve_command, "doctor": doctor_command, "eval": eval_command}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -25,12 +26,12 @@ def main(argv: list[str] | None = None) -> int:
         prog="sglang-multipole", description="Multipole Attention for SGLang."
     )
     subcommands = parser.add_subparsers(dest="subcommand", required=True)
-    for name, command in SERVER_COMMANDS.items():
+    for name, command in OWN_ARGUMENTS.items():
         subcommands.add_parser(name, help=command.HELP, add_help=False)
     for name, command in COMMANDS.items():
         command.add_arguments(subcommands.add_parser(name, help=command.HELP))
-    if argv and argv[0] in SERVER_COMMANDS:
-        return SERVER_COMMANDS[argv[0]].run(argv[1:])
+    if argv and argv[0] in OWN_ARGUMENTS:
+        return OWN_ARGUMENTS[argv[0]].run(argv[1:])
     arguments = parser.parse_args(argv)
     return COMMANDS[arguments.subcommand].run(arguments)
 

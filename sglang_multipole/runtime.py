@@ -149,7 +149,7 @@ class MultipoleRuntime:
                 sums.add_step(row_counters, num_layers)
             if row_counters[DENSE_STEPS] == num_layers:
                 self.dense_steps[dense_reason(row, pending.plan, self.config)] += 1
-            request = self.planner.requests.get(row.rid)
+            request = self.planner.request_of(row)
             if request is not None:
                 activity.segments_built = request.segments_built
                 activity.segments_shared = request.segments_shared

@@ -18,12 +18,17 @@ SWITCHED_OFF = 2**31 - 1  # the token budget of a request that asks for exact at
 
 @dataclasses.dataclass(frozen=True)
 class DecodeRow:
-    """One row of a decode batch: request id, row of req_to_token, length with the new token."""
+    """One row of a decode batch: request id, row of req_to_token, length with the new token.
+
+    row_generation: times the row was handed out. A request that loses its slots and comes back in
+    the same row (SGLang can retract all requests at once) is known by it.
+    """
 
     rid: str
     row: int
     seq_len: int
     token_budget: int
+    row_generation: int = 0
 
     @property
     def is_switched_off(self) -> bool:
@@ -63,6 +68,7 @@ class StepFeedback:
 @dataclasses.dataclass
 class _Request:
     row: int
+    row_generation: int
     num_steps: int = 0
     ordered: int = 0  # tokens from the start that were ordered at least once
     missing: set[int] = dataclasses.field(default_factory=set)  # segments to order (again)
@@ -70,6 +76,10 @@ class _Request:
     segments_built: int = 0
     segments_shared: int = 0
     is_activated: bool = False
+
+    @property
+    def is_admission(self) -> bool:
+        return self.num_steps <= _NUM_ADMISSION_STEPS
 
 
 @dataclasses.dataclass
@@ -109,14 +119,16 @@ class SegmentPlanner:
         self.requests: dict[str, _Request] = {}
         self.free = list(range(self.num_places - 1, 0, -1))
         self.in_order: set[int] = set()
-        self.sealed: dict[int, int] = {}  # place -> step of its last known use
+        self.sealed: dict[int, int] = {}  # place -> step in which it was built
+        self._last_used: Sequence[int] = [0] * self.num_places  # of the latest feedback
         self._kills: list[int] = []
+        self._full_at_step = 0  # nothing can be evicted any more before the next step
 
     def plan(self, rows: Sequence[DecodeRow]) -> StepPlan:
         """Orders of the next decode step. A request that is not among the rows is gone."""
         self.step += 1
-        present = {row.rid: row.row for row in rows}
-        for rid in [r for r, state in self.requests.items() if present.get(r) != state.row]:
+        present = {row.rid for row in rows if self.request_of(row) is not None}
+        for rid in [rid for rid in self.requests if rid not in present]:
             self._release(rid)
         strict = self.config.strict_activation
         limit = self.num_places if strict else self.config.max_builds_per_step
@@ -124,12 +136,15 @@ class SegmentPlanner:
         order_rids: list[str] = []
         starved: set[str] = set()
         for row in rows:
-            request = self.requests.setdefault(row.rid, _Request(row.row))
+            request = self.requests.setdefault(row.rid, _Request(row.row, row.row_generation))
             request.num_steps += 1
             for segment, extent in self._wanted(row, request):
                 if len(orders) >= limit:
                     break
-                place = self._take_place()
+                # a request's first orders are mostly of segments that are there already; only what
+                # the feedback has missed is worth another's place, unless the step must be sparse
+                may_be_shared = extent == self.config.segment_size and request.is_admission
+                place = self._take_place(strict or not may_be_shared)
                 if not place:
                     starved.add(row.rid)
                 else:
@@ -141,6 +156,13 @@ class SegmentPlanner:
             self.step, self.epoch, list(rows), kills, orders, order_rids, frozenset(starved)
         )
 
+    def request_of(self, row: DecodeRow) -> _Request | None:
+        """What is kept of the row's request; None when the request is gone or was retracted."""
+        request = self.requests.get(row.rid)
+        if request is None or request.row != row.row:
+            return None
+        return request if request.row_generation == row.row_generation else None
+
     def _wanted(self, row: DecodeRow, request: _Request) -> list[tuple[int, int]]:
         """(segment, extent) to order for the row, in order of position."""
         if row.is_switched_off:
@@ -148,11 +170,11 @@ class SegmentPlanner:
         size = self.config.segment_size
         clustered = self.config.clustered_tokens(row.seq_len)
         num_sealed, open_extent = divmod(clustered, size)
-        is_admission = request.num_steps <= _NUM_ADMISSION_STEPS
-        request.missing.update(range(0 if is_admission else request.ordered // size, num_sealed))
+        first = 0 if request.is_admission else request.ordered // size
+        request.missing.update(range(first, num_sealed))
         wanted = [(k, size) for k in sorted(request.missing) if k < num_sealed]
         if open_extent and (
-            is_admission or clustered > request.ordered or num_sealed in request.missing
+            request.is_admission or clustered > request.ordered or num_sealed in request.missing
         ):
             wanted.append((num_sealed, open_extent))
         return wanted
@@ -177,36 +199,41 @@ class SegmentPlanner:
         if request.open_place:
             self.free.append(request.open_place)
 
-    def _take_place(self) -> int:
+    def _take_place(self, may_evict: bool) -> int:
         """A free place, or 0."""
-        if not self.free:
+        if not self.free and may_evict:
             self._evict()
-        if not self.free:
-            self.stats.orders_without_place += 1
-            return 0
-        return self.free.pop()
+        if self.free:
+            return self.free.pop()
+        self.stats.orders_without_place += may_evict
+        return 0
 
     def _evict(self) -> None:
         """Free the least recently used eighth of the sealed places, none of them in use."""
-        unused = [p for p, used in self.sealed.items() if self.step - used > self.feedback_lag]
-        unused.sort(key=self.sealed.__getitem__)
+        if self._full_at_step == self.step:
+            return
+        last_used = {p: max(built, self._last_used[p]) for p, built in self.sealed.items()}
+        unused = [p for p, used in last_used.items() if self.step - used > self.feedback_lag]
+        unused.sort(key=last_used.__getitem__)
         for place in unused[: max(1, len(self.sealed) // 8)]:
             del self.sealed[place]
             self._kills.append(place)
             self.free.append(place)
             self.stats.segments_evicted += 1
+        if not unused:
+            self._full_at_step = self.step
 
     def apply_feedback(self, plan: StepPlan, feedback: StepFeedback) -> None:
         """Take in what became of a plan."""
         if plan.epoch != self.epoch:
             return
+        requests = {row.rid: self.request_of(row) for row in plan.rows}
         for order, rid, built in zip(plan.orders, plan.order_rids, feedback.built, strict=True):
-            self._take_in_order(order, self.requests.get(rid), built, plan.step)
-        for place, used in self.sealed.items():
-            self.sealed[place] = max(used, feedback.last_used[place])
+            self._take_in_order(order, requests[rid], built, plan.step)
+        self._last_used = feedback.last_used
         for row, found in zip(plan.rows, feedback.found, strict=True):
-            request = self.requests.get(row.rid)
-            if request is not None and request.row == row.row:
+            request = self.request_of(row)
+            if request is not None:
                 self._take_in_found(row, request, found)
 
     def _take_in_order(
@@ -230,7 +257,8 @@ class SegmentPlanner:
         size = self.config.segment_size
         num_sealed, open_extent = divmod(self.config.clustered_tokens(row.seq_len), size)
         num_segments = num_sealed + bool(open_extent)
-        request.missing.update(k for k in range(num_segments) if not found[k])
+        request.missing -= {k for k in range(num_segments) if found[k]}
+        request.missing |= {k for k in range(num_segments) if not found[k]}
         if num_segments and not request.is_activated:
             request.is_activated = True
             num_found = sum(found[k] == size for k in range(num_sealed))

@@ -49,11 +49,16 @@ def decode_rows(batch: Any, config: MultipoleConfig) -> list[DecodeRow]:
     """The rows of a ScheduleBatch about to decode; lengths include the token being decoded."""
     rows = batch.req_pool_indices_cpu.tolist()
     lengths = batch.seq_lens_cpu.tolist()
+    generations = batch.req_to_token_pool.req_generation[batch.req_pool_indices_cpu].tolist()
     return [
         DecodeRow(
-            req.rid, row, length, accepted_token_budget(req.sampling_params.custom_params, config)
+            req.rid,
+            row,
+            length,
+            accepted_token_budget(req.sampling_params.custom_params, config),
+            generation,
         )
-        for req, row, length in zip(batch.reqs, rows, lengths, strict=True)
+        for req, row, length, generation in zip(batch.reqs, rows, lengths, generations, strict=True)
     ]
 
 

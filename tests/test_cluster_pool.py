@@ -8,7 +8,7 @@ from sglang_multipole.activity import Activity
 from sglang_multipole.cluster_pool import ClusterPool, PoolShape
 from sglang_multipole.config import MultipoleConfig
 from sglang_multipole.runtime import MultipoleRuntime
-from sglang_multipole.segment_builder import KVLayer, SegmentBuilder
+from sglang_multipole.segment_builder import BuildOrder, KVLayer, SegmentBuilder
 from sglang_multipole.segment_planner import DecodeRow
 from sglang_multipole.torch_path import TorchPath
 
@@ -48,6 +48,7 @@ class Host:
         self.rows: dict[str, tuple[int, int]] = {}
         self.activities: dict[str, Activity] = {}
         self.budgets: dict[str, int] = {}  # of requests with another budget than the config's
+        self.row_generation = 1
 
     def alloc(self, count: int) -> torch.Tensor:
         slots, self.free = self.free[:count], self.free[count:]
@@ -72,7 +73,7 @@ class Host:
             self.rows[rid] = (row, length + 1)
         budget = self.runtime.config.token_budget
         rows = [
-            DecodeRow(rid, row, n, self.budgets.get(rid, budget))
+            DecodeRow(rid, row, n, self.budgets.get(rid, budget), self.row_generation)
             for rid, (row, n) in self.rows.items()
         ]
         self.runtime.plan_step(rows, [self.activities[rid] for rid in self.rows])
@@ -170,11 +171,14 @@ def test_a_slot_that_is_handed_out_again_hides_its_segment():
 def test_a_full_pool_is_exact_and_counted():
     host = Host(MultipoleConfig.from_dict(SMALL.to_dict() | {"token_budget": 0}), num_places=3)
     host.add("a", 1, 700)
-    host.step()
-    assert host.runtime.planner.stats.orders_without_place > 0
+    for _ in range(3):
+        host.step()
+    # the first two steps order what may be there already, which is no reason to evict
+    assert host.runtime.planner.stats.orders_without_place == 3
     counts = host.activities["a"].to_dict()
-    assert counts["sparse_steps"] == 1
-    assert counts["exact_tokens"] == 701 - 2 * 128 + SMALL.num_sink_tokens
+    assert counts["sparse_steps"] == 3
+    exact = [length - 2 * 128 + SMALL.num_sink_tokens for length in (701, 702, 703)]
+    assert counts["exact_tokens"] == sum(exact)
 
 
 def test_least_recently_used_segments_make_room():
@@ -191,6 +195,55 @@ def test_least_recently_used_segments_make_room():
     host.runtime.clear()
     host.runtime.check_integrity()
     assert len(host.runtime.planner.free) == 8
+
+
+def test_a_request_that_shares_its_prefix_evicts_nothing():
+    """A full pool's oldest segments are those of the prefix that comes back: once they made room
+    for their own orders, and the prefix was clustered again."""
+    host = Host(SMALL, num_places=11)
+    host.add("a", 1, 700)
+    host.step()
+    del host.rows["a"]
+    host.add("b", 2, 696)
+    for _ in range(4):
+        host.step()
+    host.rows["a"] = (1, 701)
+    host.add("c", 3, 695, shared_with="a", prefix=690)
+    del host.rows["a"]
+    for _ in range(3):
+        host.step()
+    assert host.activities["c"].segments_shared == 5
+    assert host.activities["c"].dense_steps == 0
+    assert host.runtime.planner.stats.segments_evicted == 0
+
+
+def test_a_sealed_segment_is_not_mistaken_for_an_open_one_of_the_same_tokens():
+    """A slot can name a place that was given to an open segment since; once its extent was not
+    looked at, and the segment stayed exact for as long as the request lived."""
+    host = Host(SMALL, num_places=4)
+    host.add("a", 1, 200)
+    host.step()
+    pool = host.runtime.pool
+    host.req_to_token[1, 201:256] = host.alloc(55).int()
+    slots = host.req_to_token[1, 128:256].long()
+    open_place = int(pool.open_place[1])
+    pool.segment_of_slot[slots[-1]] = open_place
+    order = BuildOrder(row=1, segment=1, extent=128, place=3)
+    assert host.runtime.builder.execute([order]) == [True]
+
+
+def test_a_request_that_comes_back_in_its_row_is_sparse_at_once():
+    """SGLang can retract all requests at one moment; without a step between, the planner once took
+    the returning request for the old one and ordered none of its segments."""
+    host = Host(SMALL)
+    host.add("a", 1, 700)
+    for _ in range(3):
+        host.step()
+    host.add("a", 1, 703)
+    host.row_generation = 2
+    host.step()
+    assert host.activities["a"].sparse_steps == 1
+    assert host.runtime.planner.stats.segments_built == 10
 
 
 def test_answers_do_not_depend_on_who_built_a_segment():

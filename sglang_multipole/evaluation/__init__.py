@@ -1,0 +1,1 @@
+"""Accuracy on long-context tasks, measured through a server: see docs/evaluation.md."""
