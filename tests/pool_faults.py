@@ -88,8 +88,8 @@ def host_state_survives_its_request(patch: pytest.MonkeyPatch) -> None:
     """The planner takes a request that came back in its row for the one that lost it."""
     decode_rows = sglang_compat.decode_rows
 
-    def without_generation(batch: object, token_budget: int) -> list:
-        rows = decode_rows(batch, token_budget)
+    def without_generation(batch: object, config: object) -> list:
+        rows = decode_rows(batch, config)
         return [dataclasses.replace(row, row_generation=0) for row in rows]
 
     patch.setattr(sglang_compat, "decode_rows", without_generation)

@@ -266,9 +266,8 @@ class PoolHost:
             seq_lens_cpu=before + 1,
             req_to_token_pool=self.req_to_token_pool,
         )
-        budget = self.config.token_budget
         self.runtime.plan_step(
-            sglang_compat.decode_rows(scheduled, budget), [r.activity for r in batch]
+            sglang_compat.decode_rows(scheduled, self.config), [r.activity for r in batch]
         )
         self.runtime.begin_step(rows, before + 1)
         feedback = self.runtime.end_step()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from array import array
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -42,6 +43,9 @@ class Request:
     is_finishing: bool = False
     is_finished: bool = False
     activity: Activity = dataclasses.field(default_factory=Activity)
+    sampling_params: SimpleNamespace = dataclasses.field(
+        default_factory=lambda: SimpleNamespace(custom_params=None)
+    )
 
     def __post_init__(self) -> None:
         self.tokens = array("q", self.origin_input_ids)
