@@ -1,7 +1,8 @@
 """Proof of activity: per request and in total, what the attention code says it attended to.
 
-The numbers are counted by the attention code on the device. The host adds them up and divides by
-the number of layers; it computes none of them itself.
+The numbers are counted by the attention code on the device; the host adds them up and divides by
+the number of layers. Only a step that SGLang's own dense attention did is counted by the host: as
+dense, with the rows' lengths.
 """
 
 from __future__ import annotations

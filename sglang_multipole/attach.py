@@ -55,14 +55,20 @@ def attach_runtime(runner: Any, values: dict[str, Any]) -> None:
     kv_bytes = sum(layer.key_buffer.nbytes + layer.value_buffer.nbytes for layer in layers)
     logger.info(
         "Multipole attention: cluster pool %.3f GiB (%.1f %% of the KV pool), %d segments of %d "
-        "tokens; token budget %d (of a request: up to %d), exact below %d tokens",
+        "tokens; decode buffers %.3f GiB, for batches of up to %d requests and %d tokens",
         pool.nbytes / 2**30,
         100 * pool.nbytes / kv_bytes,
         num_places - 1,
         config.segment_size,
+        path.nbytes / 2**30,
+        path.limits.rows,
+        path.limits.tokens,
+    )
+    logger.info(
+        "Multipole attention: token budget %d (of a request: up to %d), exact below %s",
         config.token_budget,
         config.token_budget_limit,
-        config.min_context,
+        config.min_context_text,
     )
 
 
@@ -72,15 +78,19 @@ def _decode_path(
     if req_to_token.device.type == "cpu":
         return TorchPath(pool, layers, req_to_token)
     # imports kernels that a machine without a GPU never runs
+    from sglang_multipole.step_buffers import StepBuffers, StepShape
     from sglang_multipole.triton_path import TritonPath
 
-    return TritonPath(
-        pool,
-        layers,
-        req_to_token,
+    shape = StepShape(
+        max_rows=sglang_compat.max_batch_rows(runner.server_args, runner.req_to_token_pool.size),
         max_context=runner.model_config.context_len,
+        num_slots=pool.shape.num_slots,
+        num_kv_heads=pool.shape.num_kv_heads,
         gqa_group_size=sglang_compat.gqa_group_size(runner.model),
+        head_dim=pool.shape.head_dim,
     )
+    device = req_to_token.device
+    return TritonPath(pool, layers, req_to_token, StepBuffers(pool.config, shape, device, device))
 
 
 def _watch(allocator: Any, runtime: MultipoleRuntime) -> None:

@@ -18,28 +18,64 @@ from sglang_multipole.runtime import MultipoleRuntime
 
 
 class MultipoleAttnBackend(AttentionBackend):
-    """Decode attention over the cluster pool; all state is in the runtime."""
+    """Decode attention over the cluster pool; all state is in the runtime.
 
-    def __init__(self, runner: Any, runtime: MultipoleRuntime):
+    A batch in which no row may have clusters is attended by SGLang's dense backend.
+
+    Args:
+        dense: an attention backend of SGLang's own, used for decode alone.
+
+    Attributes:
+        is_sparse: whether the current step, or the graph being captured, is with clusters.
+    """
+
+    def __init__(self, runner: Any, runtime: MultipoleRuntime, dense: AttentionBackend):
         super().__init__()
-        self.runtime = runtime
-        # SGLang reads both from the backend
+        self.runtime, self.dense = runtime, dense
+        self.is_sparse = False
+        # SGLang reads these from the backend
         self.token_to_kv_pool = runner.token_to_kv_pool
         self.req_to_token_pool = runner.req_to_token_pool
+        self.needs_cpu_seq_lens = dense.needs_cpu_seq_lens
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
-        self.init_forward_metadata_out_graph(forward_batch)
+        self._begin_step(forward_batch)
+        if not self.is_sparse:
+            self.dense.init_forward_metadata(forward_batch)
 
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
-        if not forward_batch.forward_mode.is_idle():
-            self.runtime.begin_step(forward_batch.req_pool_indices, forward_batch.seq_lens)
+        if not in_capture:
+            self._begin_step(forward_batch)
+        elif self.is_sparse:
+            self.runtime.begin_unplanned(forward_batch.req_pool_indices, forward_batch.seq_lens)
+        if not self.is_sparse:
+            self.dense.init_forward_metadata_out_graph(forward_batch, in_capture=in_capture)
+
+    def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
+        if not self.is_sparse:
+            self.dense.init_forward_metadata_in_graph(forward_batch)
+
+    def _begin_step(self, forward_batch: Any) -> None:
+        # a forward without a plan is a warm-up
+        self.is_sparse = self.runtime.has_plan and self.runtime.begin_step(
+            forward_batch.req_pool_indices, forward_batch.seq_lens
+        )
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
-        self.runtime.path.reserve(max_bs)
+        limit = self.runtime.path.limits.rows
+        if max_bs > limit:
+            raise RuntimeError(
+                f"multipole: the decode buffers hold {limit} rows, and graphs of {max_bs} rows are "
+                "to be captured"
+            )
+        self.dense.init_cuda_graph_state(max_bs, max_num_tokens)
 
     def get_cuda_graph_seq_len_fill_value(self) -> int:
         # a row of padding reads slot 0, which no request owns
-        return 1
+        return self.dense.get_cuda_graph_seq_len_fill_value()
+
+    def on_after_cuda_graph_warmup(self) -> None:
+        self.dense.on_after_cuda_graph_warmup()
 
     def forward_decode(
         self,
@@ -51,6 +87,10 @@ class MultipoleAttnBackend(AttentionBackend):
         save_kv_cache: bool = True,
         **kwargs: Any,
     ) -> torch.Tensor:
+        if not self.is_sparse:
+            return self.dense.forward_decode(
+                q, k, v, layer, forward_batch, save_kv_cache=save_kv_cache, **kwargs
+            )
         pool = self.token_to_kv_pool
         if save_kv_cache and k is not None:
             sglang_compat.write_kv(pool, layer, forward_batch.out_cache_loc, k, v)
@@ -79,4 +119,5 @@ def create_backend(runner: Any) -> AttentionBackend:
             "multipole: the cluster pool was not built; start the server with --enable-multipole, "
             f"which also sets --decode-attention-backend {BACKEND_NAME}"
         )
-    return MultipoleAttnBackend(runner, runtime)
+    dense = sglang_compat.dense_backend(runner, runtime.config)
+    return MultipoleAttnBackend(runner, runtime, dense)

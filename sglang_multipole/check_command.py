@@ -71,7 +71,7 @@ def _check(server: _Server) -> Iterator[str]:
     before = _reports(info)
     values = before[0]["config"]
     config = MultipoleConfig.from_dict(values)
-    yield f"configured: token budget {config.token_budget}, exact below {config.min_context} tokens"
+    yield f"configured: token budget {config.token_budget}, exact below {config.min_context_text}"
 
     length = prompt_length(config)
     limit = info.get("max_req_input_len") or info.get("context_length")
@@ -114,7 +114,7 @@ def prompt_length(config: MultipoleConfig) -> int:
     """Tokens of a prompt that is sparse and has a sealed segment, which alone can be shared."""
     recent = 2 * config.recluster_interval
     clustered = max(config.token_budget + 1, config.segment_size)
-    return max(config.min_context, clustered + recent)
+    return max(config.min_context_of(1), clustered + recent)
 
 
 def _reports(info: dict[str, Any]) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,11 @@ def _key(default: Any, help_text: str, unit: str, low: int | None = None, high: 
 
 def _choice(default: str, help_text: str, *choices: str):
     return dataclasses.field(default=default, metadata={"help": help_text, "choices": choices})
+
+
+def _by_batch_size(default: int, help_text: str, unit: str, low: int, high: int):
+    metadata = {"help": help_text, "unit": unit, "low": low, "high": high, "is_by_batch_size": True}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def _text(default: str, help_text: str):
@@ -50,9 +56,11 @@ class MultipoleConfig:
         0,
         1 << 20,
     )
-    min_context: int = _key(
+    min_context: int | dict[str, int] = _by_batch_size(
         4096,
-        "requests shorter than this are attended exactly; they become sparse when they grow",
+        "requests shorter than this are attended exactly; they become sparse when they grow. One "
+        "number, or numbers by batch size: a batch takes that of the largest size not above its "
+        "own, or of the smallest there is",
         "tokens",
         0,
         1 << 24,
@@ -138,6 +146,11 @@ class MultipoleConfig:
                 f"token_budget ({self.token_budget} tokens) must be at most max_token_budget "
                 f"({self.max_token_budget} tokens); raise max_token_budget, or leave it out"
             )
+        if self.strict_activation and isinstance(self.min_context, dict):
+            raise ConfigError(
+                "strict_activation makes answers independent of load, and min_context by batch "
+                "size makes them depend on it; give min_context as one number of tokens"
+            )
         if self.segment_size % self.recluster_interval:
             raise ConfigError(
                 f"segment_size ({self.segment_size} tokens) must be a multiple of "
@@ -169,12 +182,29 @@ class MultipoleConfig:
     def clusters_per_segment(self) -> int:
         return self.segment_size // self.tokens_per_cluster
 
-    def clustered_tokens(self, seq_len: int) -> int:
+    def min_context_of(self, num_rows: int) -> int:
+        """The gate of a batch of num_rows rows, in tokens."""
+        if isinstance(self.min_context, int):
+            return self.min_context
+        sizes = sorted(map(int, self.min_context))
+        reached = [size for size in sizes if size <= num_rows]
+        return self.min_context[str(reached[-1] if reached else sizes[0])]
+
+    @property
+    def min_context_text(self) -> str:
+        """The gate as a log line or a report says it."""
+        if isinstance(self.min_context, int):
+            return f"{self.min_context} tokens"
+        sizes = sorted(self.min_context, key=int)
+        return ", ".join(f"{self.min_context[size]} tokens from batch {size}" for size in sizes)
+
+    def clustered_tokens(self, seq_len: int, num_rows: int = 1) -> int:
         """Tokens under clusters at a decode step whose row is seq_len long, its own token included.
 
-        A function of the length alone; [1, 2) recluster intervals stay exact behind it.
+        A function of the length and of the batch's gate; [1, 2) recluster intervals stay exact
+        behind it.
         """
-        if seq_len < self.min_context:
+        if seq_len < self.min_context_of(num_rows):
             return 0
         return max(seq_len // self.recluster_interval - 1, 0) * self.recluster_interval
 
@@ -250,11 +280,30 @@ def _checked(field: dataclasses.Field, value: Any) -> Any:
         if not isinstance(value, bool):
             raise ConfigError(f"{field.name} must be true or false, got {value!r}")
         return value
+    if field.metadata.get("is_by_batch_size") and isinstance(value, dict):
+        return _checked_by_batch_size(field, value)
+    return _checked_number(field, field.name, value)
+
+
+def _checked_number(field: dataclasses.Field, name: str, value: Any) -> int | float:
     is_float = isinstance(field.default, float)
-    low, high, unit = (field.metadata[name] for name in ("low", "high", "unit"))
+    low, high, unit = (field.metadata[key] for key in ("low", "high", "unit"))
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     in_limits = is_number and low <= value <= high
     if not in_limits or (not is_float and value % 1):
         kind = "a number" if is_float else "a whole number"
-        raise ConfigError(f"{field.name} must be {kind} of {unit}, {low} to {high}, got {value!r}")
+        raise ConfigError(f"{name} must be {kind} of {unit}, {low} to {high}, got {value!r}")
     return float(value) if is_float else int(value)
+
+
+def _checked_by_batch_size(field: dataclasses.Field, table: dict[Any, Any]) -> dict[str, int]:
+    sizes = [str(size) for size in table]
+    if not sizes or not all(re.fullmatch("[1-9][0-9]{0,5}", size) for size in sizes):
+        raise ConfigError(
+            f"{field.name} by batch size must have batch sizes from 1 to 999999 as keys, got "
+            f'{table!r}; example: {{"1": 32768, "8": 8192}}'
+        )
+    return {
+        size: _checked_number(field, f"{field.name}[{size!r}]", number)
+        for size, number in zip(sizes, table.values(), strict=True)
+    }

@@ -167,7 +167,7 @@ def _server(argv: list[str], given: dict[str, str]) -> Iterator[Finding]:
     yield Finding(
         True,
         "arguments",
-        f"accepted: token budget {config.token_budget}, exact below {config.min_context} tokens",
+        f"accepted: token budget {config.token_budget}, exact below {config.min_context_text}",
     )
     yield _events(config)
     model = sglang_compat.model_sizes(server_args)

@@ -1,4 +1,4 @@
-"""How many places the cluster pool has and what they cost."""
+"""What the cluster pool and the decode buffers cost, told to SGLang before it sizes the KV pool."""
 
 from __future__ import annotations
 
@@ -26,6 +26,35 @@ def bytes_per_token(config: MultipoleConfig, kvc: Any, num_layers: int) -> int:
     element_size = kvc.kv_cache_dtype.itemsize
     head_dim = kvc.model_config.head_dim
     return bytes_of_shape(config, num_layers, num_kv_heads, head_dim, element_size)
+
+
+def workspace_bytes(config: MultipoleConfig, kvc: Any, budget_bytes: int) -> int:
+    """Bytes of the decode buffers, at most, on the GPU of this process.
+
+    Args:
+        kvc: SGLang's KVCacheConfigurator.
+        budget_bytes: for KV pool and cluster pool; bounds the tokens that a batch can have.
+    """
+    from sglang.srt.runtime_context import get_parallel
+
+    from sglang_multipole import sglang_compat
+    from sglang_multipole.step_buffers import StepBuffers, StepShape
+
+    model_config, tp_size = kvc.model_config, get_parallel().attn_tp_size
+    num_kv_heads = model_config.get_num_kv_heads(tp_size)
+    num_layers = kvc.layer_info.num_effective_layers
+    kv_bytes = 2 * model_config.head_dim * num_kv_heads * num_layers * kvc.kv_cache_dtype.itemsize
+    shape = StepShape(
+        max_rows=sglang_compat.max_batch_rows(
+            kvc.server_args, kvc.server_args.max_running_requests
+        ),
+        max_context=model_config.context_len,
+        num_slots=budget_bytes // kv_bytes,
+        num_kv_heads=num_kv_heads,
+        gqa_group_size=sglang_compat.gqa_group_size_of(model_config, num_kv_heads, tp_size),
+        head_dim=model_config.head_dim,
+    )
+    return StepBuffers(config, shape, "meta", f"{kvc.device}:{kvc.gpu_id}").nbytes
 
 
 def bytes_of_shape(

@@ -2,7 +2,7 @@
 
 Scheduler.run_batch            plan_step       host: kills and orders from token counts
 backend.init_forward_metadata  begin_step      device: kills, builds, snapshot, decode plan
-backend.forward_decode         (per layer)     device: attention, counters
+backend.forward_decode         (per layer)     device: attention, counters; or SGLang's own
 Scheduler.run_batch            end_step        device: feedback copied to the host
 process_batch_result           apply_feedback  host: places, requests, counters
 """
@@ -14,30 +14,42 @@ import time
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
-from multipole_kernels.torch_decode import DENSE_STEPS, SPARSE_STEPS
+from multipole_kernels.torch_decode import (
+    CONTEXT_TOKENS,
+    DENSE_STEPS,
+    EXACT_TOKENS,
+    NUM_COUNTERS,
+    SPARSE_STEPS,
+)
 from sglang_multipole.activity import Activity
 from sglang_multipole.cluster_pool import ClusterPool
 from sglang_multipole.config import MultipoleConfig
 from sglang_multipole.dense_reasons import REASONS, dense_reason
 from sglang_multipole.segment_builder import SegmentBuilder
-from sglang_multipole.segment_planner import DecodeRow, SegmentPlanner, StepFeedback, StepPlan
+from sglang_multipole.segment_planner import (
+    BatchLimits,
+    DecodeRow,
+    SegmentPlanner,
+    StepFeedback,
+    StepPlan,
+)
 
 
 class StepResults(Protocol):
     """What a step found and counted, on its way to the host."""
 
-    def read(self) -> tuple[list[list[int]], list[list[int]], list[int]]:
-        """found [B][segments] tokens, counters [B][4], last_used [places]; waits for them."""
+    def read(self) -> tuple[np.ndarray, list[list[int]], np.ndarray]:
+        """found [B, segments] tokens, counters [B][4], last_used [places]; waits for them."""
 
 
 class DecodePath(Protocol):
     """A decode step on the device: TorchPath or TritonPath."""
 
     nbytes: int
-
-    def reserve(self, max_rows: int) -> None: ...
+    limits: BatchLimits
 
     def begin(
         self, rows: torch.Tensor, seq_lens: torch.Tensor, token_budgets: Sequence[int], step: int
@@ -55,7 +67,7 @@ class PendingFeedback:
     plan: StepPlan
     activities: Sequence[Activity]
     built: list[bool]
-    results: StepResults
+    results: StepResults | None  # None: SGLang's dense attention, there is nothing to read
     started: float  # time.perf_counter() of its plan
 
 
@@ -87,7 +99,7 @@ class MultipoleRuntime:
         path: DecodePath,
     ):
         self.config, self.pool, self.builder, self.path = config, pool, builder, path
-        self.planner = SegmentPlanner(config, pool.num_places)
+        self.planner = SegmentPlanner(config, pool.num_places, limits=path.limits)
         self.totals = Activity()
         self.dense_steps = dict.fromkeys(REASONS, 0)
         self.build_seconds = 0.0
@@ -95,6 +107,8 @@ class MultipoleRuntime:
         self.num_steps, self.step_seconds = 0, 0.0
         self.last_step = StepOutcome((), (), pool.shape.num_layers)
         self.reporting: Any = None  # sglang_multipole.reporting.Reporting
+        # by kind of graph; sglang_multipole.graph_runner.GraphUsage
+        self.graphs: dict[str, Any] = {}
         self._step_ended = 0.0
         self._step_started = 0.0
         self._plan: StepPlan | None = None
@@ -108,54 +122,70 @@ class MultipoleRuntime:
         self._step_started = time.perf_counter()
         self._plan, self._activities = self.planner.plan(rows), activities
 
-    def begin_step(self, rows: torch.Tensor, seq_lens: torch.Tensor) -> None:
-        """Kills and builds, then the snapshot of the batch.
+    @property
+    def has_plan(self) -> bool:
+        """Whether the next forward was announced by plan_step; a warm-up's was not."""
+        return self._plan is not None
 
-        A batch that no plan was made for (warm-up, graph capture) builds nothing; what it finds is
-        as true as ever.
+    def begin_step(self, rows: torch.Tensor, seq_lens: torch.Tensor) -> bool:
+        """Kills and builds, then the snapshot of the batch.
 
         Args:
             rows: [B] int64, rows of req_to_token; may have padding behind the plan's rows.
             seq_lens: [B], the new token included.
+
+        Returns:
+            Whether rows may have clusters: false means that nothing was laid out, and that the
+            caller attends densely.
         """
         plan = self._plan
-        if plan is None:
-            self.path.begin(rows, seq_lens, [self.config.token_budget] * len(rows), 0)
-            return
         if plan.kills:
             self.pool.kill(plan.kills)
+        self._built = []
+        if not plan.is_sparse:
+            return False
         if plan.orders:
             started = time.perf_counter()
             self._built = self.builder.execute(plan.orders)
             self.build_seconds += time.perf_counter() - started
-        else:
-            self._built = []
         self.path.begin(rows, seq_lens, [row.token_budget for row in plan.rows], plan.step)
+        return True
+
+    def begin_unplanned(self, rows: torch.Tensor, seq_lens: torch.Tensor) -> None:
+        """The snapshot of a batch that no scheduler iteration announced, as graph capture's.
+
+        Builds nothing; what it finds is as true as ever.
+        """
+        self.path.begin(rows, seq_lens, [self.config.token_budget] * len(rows), 0)
 
     def end_step(self) -> PendingFeedback:
         """Send the step's results to the host; after the forward was launched, on its stream."""
         plan, self._plan = self._plan, None
-        results = self.path.results(len(plan.rows))
+        results = self.path.results(len(plan.rows)) if plan.is_sparse else None
         return PendingFeedback(plan, self._activities, self._built, results, self._step_started)
 
     def apply_feedback(self, pending: PendingFeedback) -> None:
         """Take in a step's results; waits until they have arrived."""
-        found, counters, last_used = pending.results.read()
-        self.planner.apply_feedback(pending.plan, StepFeedback(pending.built, found, last_used))
-        num_layers = self.pool.shape.num_layers
-        rows = zip(pending.plan.rows, pending.activities, counters, strict=True)
-        for row, activity, row_counters in rows:
+        plan, num_layers = pending.plan, self.pool.shape.num_layers
+        if pending.results is None:
+            counters = _dense_counters(plan.rows, num_layers)
+        else:
+            found, counters, last_used = pending.results.read()
+            self.planner.apply_feedback(plan, StepFeedback(pending.built, found, last_used))
+        for row, activity, row_counters in zip(
+            plan.rows, pending.activities, counters, strict=True
+        ):
             for sums in (activity, self.totals):
                 sums.add_step(row_counters, num_layers)
             if row_counters[DENSE_STEPS] == num_layers:
-                self.dense_steps[dense_reason(row, pending.plan, self.config)] += 1
+                self.dense_steps[dense_reason(row, plan, self.config)] += 1
             request = self.planner.request_of(row)
             if request is not None:
                 activity.segments_built = request.segments_built
                 activity.segments_shared = request.segments_shared
         self.totals.segments_built = self.planner.stats.segments_built
         self.totals.segments_shared = self.planner.stats.segments_shared
-        self.last_step = StepOutcome(pending.plan.rows, counters, num_layers)
+        self.last_step = StepOutcome(plan.rows, counters, num_layers)
         now = time.perf_counter()
         self.num_steps += 1
         self.step_seconds += now - max(self._step_ended, pending.started)
@@ -191,9 +221,21 @@ class MultipoleRuntime:
             "enabled": True,
             "config": self.config.to_dict(),
             "pool": self.pool_report(),
+            "graphs": {kind: dataclasses.asdict(usage) for kind, usage in self.graphs.items()},
             "segments": dataclasses.asdict(self.planner.stats),
             "build_seconds": self.build_seconds,
             "totals": self.totals.to_dict(),
             "dense_steps": dict(self.dense_steps),
             "events": self.reporting.report() if self.reporting is not None else {},
         }
+
+
+def _dense_counters(rows: Sequence[DecodeRow], num_layers: int) -> list[list[int]]:
+    """What the attention code would count in a step that SGLang's dense attention does."""
+    counters = []
+    for row in rows:
+        columns = [0] * NUM_COUNTERS
+        columns[DENSE_STEPS] = num_layers
+        columns[EXACT_TOKENS] = columns[CONTEXT_TOKENS] = row.seq_len * num_layers
+        counters.append(columns)
+    return counters

@@ -10,6 +10,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+import numpy as np
+
 from sglang_multipole.config import MultipoleConfig
 from sglang_multipole.segment_builder import BuildOrder
 
@@ -40,7 +42,8 @@ class StepPlan:
     """What the device does before a decode step: kills, then builds, in order.
 
     order_rids names the request of each order. epoch tells plans made before a clear(). starved
-    are the requests for which the pool had no place.
+    are the requests for which the pool had no place. is_sparse: a row may have clusters; if none
+    may, the step is SGLang's dense attention. is_oversized: the batch exceeds BatchLimits.
     """
 
     step: int
@@ -50,19 +53,32 @@ class StepPlan:
     orders: Sequence[BuildOrder]
     order_rids: Sequence[str]
     starved: frozenset[str] = frozenset()
+    is_sparse: bool = True
+    is_oversized: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class StepFeedback:
-    """What the device did.
+    """What the device did in a sparse step.
 
-    built: for each order, whether its place was used. found: [rows][segments] tokens under usable
+    built: for each order, whether its place was used. found: [rows, segments] tokens under usable
     clusters. last_used: [places] step of the last use.
     """
 
     built: Sequence[bool]
-    found: Sequence[Sequence[int]]
-    last_used: Sequence[int]
+    found: np.ndarray
+    last_used: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchLimits:
+    """The largest batch that is attended with clusters: its rows, and their tokens in sum."""
+
+    rows: int = 2**31 - 1
+    tokens: int = 2**31 - 1
+
+    def admit(self, rows: Sequence[DecodeRow]) -> bool:
+        return len(rows) <= self.rows and sum(row.seq_len for row in rows) <= self.tokens
 
 
 @dataclasses.dataclass
@@ -104,10 +120,18 @@ class SegmentPlanner:
     Args:
         feedback_lag: steps between a plan and its feedback; a place that was used within so many
             steps may be in use by a row the host has not heard of, and is not evicted.
+        limits: of a batch; a larger one has no clusters.
     """
 
-    def __init__(self, config: MultipoleConfig, num_places: int, feedback_lag: int = 2):
+    def __init__(
+        self,
+        config: MultipoleConfig,
+        num_places: int,
+        feedback_lag: int = 2,
+        limits: BatchLimits | None = None,
+    ):
         self.config, self.num_places, self.feedback_lag = config, num_places, feedback_lag
+        self.limits = limits or BatchLimits()
         self.stats = PlannerStats()
         self.step = 0
         self.epoch = 0
@@ -120,7 +144,7 @@ class SegmentPlanner:
         self.free = list(range(self.num_places - 1, 0, -1))
         self.in_order: set[int] = set()
         self.sealed: dict[int, int] = {}  # place -> step in which it was built
-        self._last_used: Sequence[int] = [0] * self.num_places  # of the latest feedback
+        self._last_used = np.zeros(self.num_places, np.int64)  # of the latest feedback
         self._kills: list[int] = []
         self._full_at_step = 0  # nothing can be evicted any more before the next step
 
@@ -135,10 +159,16 @@ class SegmentPlanner:
         orders: list[BuildOrder] = []
         order_rids: list[str] = []
         starved: set[str] = set()
+        is_oversized = not self.limits.admit(rows)
+        is_sparse = False
         for row in rows:
             request = self.requests.setdefault(row.rid, _Request(row.row, row.row_generation))
             request.num_steps += 1
-            for segment, extent in self._wanted(row, request):
+            num_clustered = self.num_clustered(row, len(rows))
+            if is_oversized or not num_clustered:
+                continue
+            is_sparse = True
+            for segment, extent in self._wanted(num_clustered, request):
                 if len(orders) >= limit:
                     break
                 # a request's first orders are mostly of segments that are there already; only what
@@ -153,8 +183,25 @@ class SegmentPlanner:
                     self._note_order(request, orders[-1])
         kills, self._kills = self._kills, []
         return StepPlan(
-            self.step, self.epoch, list(rows), kills, orders, order_rids, frozenset(starved)
+            self.step,
+            self.epoch,
+            list(rows),
+            kills,
+            orders,
+            order_rids,
+            frozenset(starved),
+            is_sparse,
+            is_oversized,
         )
+
+    def num_clustered(self, row: DecodeRow, num_rows: int) -> int:
+        """Tokens of the row that clusters may stand for in a batch of num_rows; 0 if it is exact.
+
+        Known from token counts alone: below the gate, or under a budget that covers them all, a
+        row has no clusters.
+        """
+        clustered = self.config.clustered_tokens(row.seq_len, num_rows)
+        return clustered if clustered > row.token_budget else 0
 
     def request_of(self, row: DecodeRow) -> _Request | None:
         """What is kept of the row's request; None when the request is gone or was retracted."""
@@ -163,12 +210,9 @@ class SegmentPlanner:
             return None
         return request if request.row_generation == row.row_generation else None
 
-    def _wanted(self, row: DecodeRow, request: _Request) -> list[tuple[int, int]]:
-        """(segment, extent) to order for the row, in order of position."""
-        if row.is_switched_off:
-            return []
+    def _wanted(self, clustered: int, request: _Request) -> list[tuple[int, int]]:
+        """(segment, extent) to order for a row with so many clustered tokens, by position."""
         size = self.config.segment_size
-        clustered = self.config.clustered_tokens(row.seq_len)
         num_sealed, open_extent = divmod(clustered, size)
         first = 0 if request.is_admission else request.ordered // size
         request.missing.update(range(first, num_sealed))
@@ -224,17 +268,25 @@ class SegmentPlanner:
             self._full_at_step = self.step
 
     def apply_feedback(self, plan: StepPlan, feedback: StepFeedback) -> None:
-        """Take in what became of a plan."""
+        """Take in what became of a sparse plan."""
         if plan.epoch != self.epoch:
             return
         requests = {row.rid: self.request_of(row) for row in plan.rows}
         for order, rid, built in zip(plan.orders, plan.order_rids, feedback.built, strict=True):
             self._take_in_order(order, requests[rid], built, plan.step)
         self._last_used = feedback.last_used
-        for row, found in zip(plan.rows, feedback.found, strict=True):
-            request = self.request_of(row)
-            if request is not None:
-                self._take_in_found(row, request, found)
+        clustered = np.array([self.num_clustered(row, len(plan.rows)) for row in plan.rows])
+        num_segments = -(-clustered // self.config.segment_size)
+        is_wanted = np.arange(feedback.found.shape[1]) < num_segments[:, None]
+        lacks = (is_wanted & (feedback.found == 0)).any(1)
+        for index, row in enumerate(plan.rows):
+            request = requests[row.rid]
+            # nothing is news of a row whose segments were all there before and are now
+            if request is None or not num_segments[index]:
+                continue
+            if lacks[index] or request.missing or not request.is_activated:
+                found = feedback.found[index, : num_segments[index]]
+                self._take_in_found(request, int(clustered[index]), found)
 
     def _take_in_order(
         self, order: BuildOrder, request: _Request | None, built: bool, step: int
@@ -251,17 +303,14 @@ class SegmentPlanner:
         if request is not None:
             request.segments_built += 1
 
-    def _take_in_found(self, row: DecodeRow, request: _Request, found: Sequence[int]) -> None:
-        if row.is_switched_off:
-            return
-        size = self.config.segment_size
-        num_sealed, open_extent = divmod(self.config.clustered_tokens(row.seq_len), size)
-        num_segments = num_sealed + bool(open_extent)
-        request.missing -= {k for k in range(num_segments) if found[k]}
-        request.missing |= {k for k in range(num_segments) if not found[k]}
-        if num_segments and not request.is_activated:
+    def _take_in_found(self, request: _Request, clustered: int, found: np.ndarray) -> None:
+        """found: tokens under usable clusters, of each segment the row should have."""
+        request.missing -= set(np.flatnonzero(found).tolist())
+        request.missing |= set(np.flatnonzero(found == 0).tolist())
+        if not request.is_activated:
             request.is_activated = True
-            num_found = sum(found[k] == size for k in range(num_sealed))
+            num_sealed = clustered // self.config.segment_size
+            num_found = int((found[:num_sealed] == self.config.segment_size).sum())
             request.segments_shared = max(num_found - request.segments_built, 0)
             self.stats.segments_shared += request.segments_shared
 

@@ -20,6 +20,9 @@ from sglang_multipole.segment_planner import DecodeRow
 
 TESTED_VERSIONS = ("0.5.17",)
 
+# rows that batches without a CUDA graph may have, if there are so many requests
+_MAX_ROWS_WITHOUT_GRAPH = 256
+
 # attribute of ServerArgs that carries the configuration to every process as plain builtins; its
 # leading underscore is what lets it through SGLang's read-only and field checks
 ARGS_ATTRIBUTE = "_multipole"
@@ -115,6 +118,45 @@ def gqa_group_size(model: torch.nn.Module) -> int:
     return layer.tp_q_head_num // layer.tp_k_head_num
 
 
+def gqa_group_size_of(model_config: Any, num_kv_heads: int, tp_size: int) -> int:
+    """The same from the model's configuration, on one rank with num_kv_heads KV heads."""
+    return model_config.num_attention_heads // tp_size // num_kv_heads
+
+
+def max_batch_rows(server_args: Any, max_requests: int | None) -> int:
+    """Rows of the largest decode batch that is attended with clusters.
+
+    Args:
+        max_requests: that run at a time, None if not known yet.
+    """
+    from sglang.srt.model_executor.cuda_graph_config import Backend
+    from sglang.srt.utils import get_cuda_graph_max_batch_size
+
+    rows = _MAX_ROWS_WITHOUT_GRAPH if max_requests is None else max_requests
+    graphs = server_args.cuda_graph_config.decode
+    largest = 0
+    if graphs.backend != Backend.DISABLED and graphs.bs:
+        largest = max(graphs.bs)
+        if max_requests is not None:
+            largest = min(largest, get_cuda_graph_max_batch_size(server_args, max_requests))
+    return max(largest, min(rows, _MAX_ROWS_WITHOUT_GRAPH))
+
+
+def dense_backend(runner: Any, config: MultipoleConfig) -> Any:
+    """SGLang's own attention backend for batches without clusters, by name."""
+    from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+
+    name = config.dense_backend
+    if name == "auto":
+        name, _ = runner.server_args.get_attention_backends()
+    return ATTENTION_BACKENDS[name](runner)
+
+
+def decode_backend(runner: Any) -> Any:
+    """The runner's decode attention backend, which SGLang pairs with another for prefill."""
+    return runner.attn_backend.decode_backend
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelSizes:
     """A model on one rank, from its configuration alone; gqa_group_size in query heads."""
@@ -136,7 +178,7 @@ def model_sizes(server_args: Any) -> ModelSizes:
         architecture=model_config.hf_config.architectures[0],
         num_layers=model_config.num_hidden_layers,
         num_kv_heads=num_kv_heads,
-        gqa_group_size=model_config.num_attention_heads // tp_size // num_kv_heads,
+        gqa_group_size=gqa_group_size_of(model_config, num_kv_heads, tp_size),
         head_dim=model_config.head_dim,
         dtype=model_config.dtype,
     )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from multipole_kernels.decode_buffers import DecodePlan
 from multipole_kernels.torch_decode import NUM_COUNTERS, multipole_decode
 from sglang_multipole.cluster_pool import ClusterPool
 from sglang_multipole.segment_builder import KVLayer
+from sglang_multipole.segment_planner import BatchLimits
 
 
 class TorchPath:
@@ -18,12 +20,10 @@ class TorchPath:
     def __init__(self, pool: ClusterPool, layers: Sequence[KVLayer], req_to_token: torch.Tensor):
         self.pool, self.layers, self.req_to_token = pool, layers, req_to_token
         self.nbytes = 0
+        self.limits = BatchLimits()
         self.plan: DecodePlan | None = None
         self._found = torch.zeros(0, 0, dtype=torch.int64)
         self._counters = torch.zeros(0, NUM_COUNTERS, dtype=torch.int64)
-
-    def reserve(self, max_rows: int) -> None:
-        """Nothing is reserved: there are no graphs here."""
 
     def begin(
         self, rows: torch.Tensor, seq_lens: torch.Tensor, token_budgets: Sequence[int], step: int
@@ -43,7 +43,7 @@ class TorchPath:
         slots = self.req_to_token[rows, :width].long()
         slots = torch.nn.functional.pad(slots, (0, num_segments * size - width))
         segment_begin = torch.arange(num_segments) * size
-        clustered = torch.tensor([config.clustered_tokens(n) for n in seq_lens.tolist()])
+        clustered = torch.tensor([config.clustered_tokens(n, len(rows)) for n in seq_lens.tolist()])
         wanted = (clustered.unsqueeze(-1) - segment_begin).clamp(0, size)
         place, extent = self.pool.find(rows, slots.view(len(rows), num_segments, size), wanted)
         self._found = extent
@@ -96,6 +96,6 @@ class TorchResults:
     def __init__(self, found: torch.Tensor, counters: torch.Tensor, last_used: torch.Tensor):
         self._tensors = (found, counters, last_used)
 
-    def read(self) -> tuple[list[list[int]], list[list[int]], list[int]]:
+    def read(self) -> tuple[np.ndarray, list[list[int]], np.ndarray]:
         found, counters, last_used = self._tensors
-        return found.tolist(), counters.tolist(), last_used.tolist()
+        return found.numpy(), counters.tolist(), last_used.numpy()

@@ -56,6 +56,9 @@ class Oracle:
 
     def check_step(self, batch: list[Request], feedback: PendingFeedback) -> None:
         """After the launch of a decode step of these requests."""
+        if not feedback.plan.is_sparse:
+            assert not any(self._num_clustered(r.kv_committed_len) for r in batch)
+            return
         decode_plan = self.host.path.plan
         indptr, exact_indptr = decode_plan.item_indptr.numpy(), decode_plan.exact_indptr.numpy()
         item_place, exact_slots = decode_plan.item_place.numpy(), decode_plan.exact_slots.numpy()
@@ -70,8 +73,7 @@ class Oracle:
             assert self.host.is_live[slots].all(), f"{request.rid}: a slot of the row is free"
             extents = {k: extent for k, extent in enumerate(found[i]) if extent}
             self._check_extents(request, length, extents, feedback.plan.step)
-            clustered = self.host.config.clustered_tokens(length)
-            is_sparse = self.host.config.token_budget < clustered
+            is_sparse = self._num_clustered(length) > 0
             assert len(places) == (len(extents) if is_sparse else 0), f"{request.rid}: items"
             self._check_cover(request, slots, exact, places, head)
             for place, (segment, extent) in zip(places, extents.items(), strict=False):
@@ -81,6 +83,11 @@ class Oracle:
         self._check_orders(batch, feedback, found)
         if batch and self.random.random() < self.share:
             self._check_output(batch)
+
+    def _num_clustered(self, length: int) -> int:
+        """Tokens that clusters stand for in a row of this length; 0 for one that is exact."""
+        clustered = self.host.config.clustered_tokens(length)
+        return clustered if clustered > self.host.config.token_budget else 0
 
     def _check_extents(
         self, request: Request, length: int, extents: dict[int, int], step: int
@@ -94,7 +101,7 @@ class Oracle:
                 f"{request.rid}: {extent} tokens of segment {segment} are under clusters, "
                 f"{allowed} may be at length {length}"
             )
-        if self.expects_pure:
+        if self.expects_pure and self._num_clustered(length):
             assert extents == pure, f"{request.rid}: length {length} has {extents}, not {pure}"
         self._check_nothing_lost(request, extents, step)
 
@@ -226,7 +233,7 @@ class Oracle:
         index = torch.from_numpy(request.path[:length] % NUM_TABLE_ROWS)
         cluster_ids = torch.full((HEADS, length), -1)
         parts = []
-        is_sparse = config.token_budget < config.clustered_tokens(length)
+        is_sparse = self._num_clustered(length) > 0
         for segment, extent in enumerate(found):
             if extent and is_sparse:
                 payload = self._payload(request, segment, extent)

@@ -78,12 +78,15 @@ class Host:
         ]
         self.runtime.plan_step(rows, [self.activities[rid] for rid in self.rows])
         indices = torch.tensor([row.row for row in rows])
-        self.runtime.begin_step(indices, torch.tensor([row.seq_len for row in rows]))
+        is_sparse = self.runtime.begin_step(indices, torch.tensor([row.seq_len for row in rows]))
         q = torch.randn(len(rows), HEADS * GROUP, self.dim, generator=self.generator)
         q = q.to(self.layer.key_buffer.dtype)
         out = torch.full_like(q, torch.nan)
         self.q = q
-        self.path.attend(0, q, self.dim**-0.5, out)
+        if is_sparse:
+            self.path.attend(0, q, self.dim**-0.5, out)
+        else:
+            out = self.dense()
         self.runtime.apply_feedback(self.runtime.end_step())
         self.runtime.check_integrity()
         return out
@@ -95,9 +98,9 @@ class Host:
             slots = self.req_to_token[row, :length].long()
             keys = self.layer.key_buffer[slots].transpose(0, 1)
             values = self.layer.value_buffer[slots].transpose(0, 1)
-            q = self.q[index].view(HEADS, GROUP, DIM)
-            weight = (q @ keys.mT * DIM**-0.5).softmax(-1)
-            outs.append((weight @ values).reshape(HEADS * GROUP, DIM))
+            q = self.q[index].view(HEADS, GROUP, self.dim)
+            weight = (q @ keys.mT * self.dim**-0.5).softmax(-1)
+            outs.append((weight @ values).reshape(HEADS * GROUP, self.dim))
         return torch.stack(outs)
 
 
@@ -279,9 +282,9 @@ def test_a_batch_that_was_not_planned_builds_nothing_and_finds_what_is_there():
     host = Host(SMALL)
     host.add("a", 1, 300)
     host.step()
-    host.runtime.begin_step(torch.tensor([1]), torch.tensor([301]))
+    host.runtime.begin_unplanned(torch.tensor([1]), torch.tensor([301]))
     assert host.path.plan.item_indptr.tolist() == [0, 2]
-    host.runtime.begin_step(torch.tensor([0]), torch.tensor([1]))
+    host.runtime.begin_unplanned(torch.tensor([0]), torch.tensor([1]))
     assert host.path.plan.exact_slots.tolist() == [0]
 
 

@@ -39,6 +39,13 @@ def test_a_text_a_dict_and_a_file_give_the_same(tmp_path):
         ('{"token_budget": 1e999}', "whole number of tokens.*got inf"),
         ('{"strict_activation": 1}', "strict_activation must be true or false, got 1"),
         ('{"dense_backend": "fa9"}', "dense_backend must be one of auto, flashinfer"),
+        ('{"min_context": {}}', "min_context by batch size must have batch sizes"),
+        ('{"min_context": {"0": 9}}', "batch sizes from 1 to 999999 as keys.*example"),
+        ('{"min_context": {"8": -1}}', r"min_context\['8'\] must be a whole number of tokens"),
+        (
+            '{"min_context": {"1": 9}, "strict_activation": true}',
+            "give min_context as one number of tokens",
+        ),
         ('{"segment_size": 1000}', r"segment_size \(1000 tokens\) must be a multiple"),
         ('{"tokens_per_cluster": 48}', r"must be a multiple of tokens_per_cluster \(48 tokens\)"),
         ('{"max_cluster_size_ratio": 8}', r"must fit into recluster_interval \(128 tokens\)"),
@@ -93,3 +100,13 @@ def test_requests_below_the_gate_have_no_clusters():
     config = MultipoleConfig(min_context=4096)
     assert config.clustered_tokens(4095) == 0
     assert config.clustered_tokens(4096) == 3968
+
+
+def test_the_gate_can_be_a_table_by_batch_size():
+    config = MultipoleConfig.parse('{"min_context": {"16": 4096, "2": 16384, "8": 8192}}')
+    sizes = (1, 2, 7, 8, 15, 16, 500)
+    gates = [16384, 16384, 16384, 8192, 8192, 4096, 4096]
+    assert [config.min_context_of(size) for size in sizes] == gates
+    assert config.clustered_tokens(8192, 8) == config.clustered_tokens(16384, 7) - 8192 > 0
+    assert config.clustered_tokens(8192, 7) == 0
+    assert MultipoleConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config

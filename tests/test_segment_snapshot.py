@@ -79,7 +79,7 @@ def test_matches_pytorch_on_a_ragged_batch(host):
     assert_same_plan(snapshot.plan, host.path.plan, len(rows))
     found = host.path.results(len(rows)).read()[0]
     width = len(found[0])
-    assert snapshot.found_extent[: len(rows), :width].tolist() == found
+    assert snapshot.found_extent[: len(rows), :width].tolist() == found.tolist()
     assert before.tolist() == host.runtime.pool.last_used.tolist()
 
 

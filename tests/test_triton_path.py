@@ -7,7 +7,7 @@ import torch
 
 from sglang_multipole.config import MultipoleConfig
 from sglang_multipole.torch_path import TorchPath
-from tests.test_cluster_pool import GROUP, HEADS, SMALL, Host
+from tests.test_cluster_pool import GROUP, HEADS, NUM_SLOTS, SMALL, Host
 
 pytestmark = pytest.mark.interpreted
 
@@ -17,13 +17,14 @@ CONFIG = MultipoleConfig.from_dict(SMALL.to_dict() | {"token_budget": 24})
 
 @pytest.fixture
 def host() -> Host:
+    from sglang_multipole.step_buffers import StepBuffers, StepShape
     from sglang_multipole.triton_path import TritonPath
 
     host = Host(CONFIG, dim=64, dtype=torch.float16)
     pool = host.runtime.pool
-    host.runtime.path = host.path = TritonPath(
-        pool, [host.layer], host.req_to_token, max_context=1024, gqa_group_size=GROUP
-    )
+    shape = StepShape(4, 1024, NUM_SLOTS, HEADS, GROUP, host.dim)
+    buffers = StepBuffers(CONFIG, shape, "cpu", "cpu")
+    host.runtime.path = host.path = TritonPath(pool, [host.layer], host.req_to_token, buffers)
     return host
 
 
@@ -40,7 +41,7 @@ def assert_paths_agree(host: Host, out: torch.Tensor) -> None:
     found, counters, _ = path.results(len(rows)).read()
     own_found, own_counters, _ = host.path.results(len(rows)).read()
     assert own_counters == counters
-    assert [row[: len(found[0])] for row in own_found] == found
+    assert [row[: len(found[0])] for row in own_found.tolist()] == found.tolist()
 
 
 def test_steps_of_a_ragged_batch_agree_and_are_counted(host):
@@ -55,27 +56,30 @@ def test_steps_of_a_ragged_batch_agree_and_are_counted(host):
     assert host.activities["fork"].segments_shared == 3
 
 
-def test_a_batch_larger_than_the_captured_gets_buffers_of_its_own(host):
-    host.path.reserve(1)
-    captured = host.path.nbytes
-    host.add("a", 1, 300)
-    assert_paths_agree(host, host.step())
-    assert host.path.nbytes == captured
-    host.add("b", 2, 200)
-    host.add("c", 3, 100)
-    assert_paths_agree(host, host.step())
-    assert host.path.nbytes > captured
+def test_the_buffers_cost_on_a_machine_without_them_what_they_take(host):
+    from sglang_multipole.step_buffers import StepBuffers, StepShape
+
+    shape = StepShape(4, 1024, NUM_SLOTS, HEADS, GROUP, host.dim)
+    assert StepBuffers(CONFIG, shape, "meta", "cpu").nbytes == host.path.nbytes > 0
 
 
-def test_graphs_cannot_outgrow_the_buffers_they_own(host):
-    host.path.reserve(2)
-    host.path.reserve(1)
-    with pytest.raises(RuntimeError, match="graphs of 4 rows, but buffers for 2"):
-        host.path.reserve(4)
+def test_batches_that_the_buffers_admit_fit_them():
+    """256 rows of 128K tokens on a pool of 374K: no rows x context buffers."""
+    from sglang_multipole.step_buffers import MAX_SHARING, StepBuffers, StepShape
+
+    config = MultipoleConfig()
+    shape = StepShape(256, 131072, 374_000, 8, 4, 128)
+    buffers = StepBuffers(config, shape, "meta", "cpu")
+    assert buffers.limits.rows == 256
+    assert buffers.limits.tokens == MAX_SHARING * 374_000
+    plan = buffers.snapshot.plan
+    # any batch within the limits: every token exact, or every segment an item, rounded up a row
+    assert plan.exact_slots.shape[0] >= buffers.limits.tokens
+    assert plan.item_place.shape[0] >= buffers.limits.tokens // config.segment_size + 256
+    assert buffers.nbytes < 512 * 2**20
 
 
 def test_padding_behind_the_batch_changes_nothing(host):
-    host.path.reserve(4)
     host.add("a", 1, 300)
     out = host.step()
     host.path.begin(torch.tensor([1, 0, 0]), torch.tensor([301, 1, 1]), [24], 9)

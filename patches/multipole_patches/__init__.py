@@ -15,8 +15,10 @@ from multipole_patches import (
     add_cli_args,
     alloc_memory_pool,
     cell_size,
+    decode_graph_runner,
     from_cli_args,
     internal_state,
+    kv_budget,
     metrics_reporter,
     process_batch_result,
     request_state,
@@ -32,7 +34,9 @@ TOKENIZER_PATCHES: tuple[ModuleType, ...] = (request_state, tokenized_object)
 # where the model runs
 SCHEDULER_PATCHES: tuple[ModuleType, ...] = (
     cell_size,
+    kv_budget,
     alloc_memory_pool,
+    decode_graph_runner,
     run_batch,
     process_batch_result,
     internal_state,
