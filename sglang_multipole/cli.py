@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from sglang_multipole import (
+    bench_one_batch_command,
     check_command,
     demo_model_command,
     doctor_command,
@@ -16,7 +17,12 @@ from sglang_multipole import (
 
 COMMANDS = {"top": top_command, "check": check_command, "demo-model": demo_model_command}
 # these parse their own arguments; of SGLang's flags no parser of ours must know
-OWN_PARSER_COMMANDS = {"serve": serve_command, "doctor": doctor_command, "eval": eval_command}
+OWN_PARSER_COMMANDS = {
+    "serve": serve_command,
+    "doctor": doctor_command,
+    "eval": eval_command,
+    "bench-one-batch": bench_one_batch_command,
+}
 
 
 def main(argv: list[str] | None = None) -> int:
