@@ -11,6 +11,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
+from multipole_kernels.cluster_selection import selection_constants
+from multipole_kernels.cuda_kernel import compile_cubin
 from multipole_kernels.launch_config import LaunchConfig
 from multipole_kernels.merge_states import merge_states
 from multipole_kernels.multipole_decode import multipole_decode
@@ -104,8 +106,6 @@ def test_decode_compiles(launches, sm, head_dim, gqa_group_size, centroid_dtype)
         config=config,
         device="cpu",
     )
-    # as for a context of a million tokens: the streamed selection is compiled too
-    case.workspace.max_items_per_row, case.workspace.max_select_segments = 1024, 128
     multipole_decode(
         case.q,
         case.k_cache,
@@ -118,10 +118,17 @@ def test_decode_compiles(launches, sm, head_dim, gqa_group_size, centroid_dtype)
         torch.empty_like(case.q),
         counters=torch.zeros(1, 4, dtype=torch.int64),
     )
-    assert len(launches) == 4  # the plan, and three a layer
+    assert len(launches) == 3  # the plan, and two a layer beside the selection
     for kernel, arguments in launches:
         binary = compile_launch(kernel, arguments, sm)
         assert binary.metadata.shared <= SHARED_LIMIT[sm], kernel.__name__
+    constants = selection_constants(case.pool_layer, case.workspace)
+    assert compile_cubin("cluster_selection.cu", constants, divmod(sm, 10)).startswith(b"\x7fELF")
+
+
+def test_a_cuda_kernel_that_does_not_compile_tells_why():
+    with pytest.raises(RuntimeError, match='THREADS" is undefined'):
+        compile_cubin("cluster_selection.cu", {}, (9, 0))
 
 
 @pytest.mark.parametrize("sm", [80, 90, 100])

@@ -79,6 +79,11 @@ class DecodeWorkspace:
                 "DecodeWorkspace: gqa_group_size must be between 1 and 16, "
                 f"got {gqa_group_size}; more query heads a KV head are not supported"
             )
+        if clusters_per_segment % 4:
+            raise ValueError(
+                "DecodeWorkspace: clusters_per_segment must be a multiple of 4, "
+                f"got {clusters_per_segment}"
+            )
         self.max_rows, self.max_items = max_rows, max_items
         self.max_items_per_row = max_items_per_row
         self.budget_capacity, self.max_cluster_size = budget_capacity, max_cluster_size
@@ -122,13 +127,16 @@ class DecodeWorkspace:
         self.num_selected_tokens = new(max_rows, num_kv_heads, dtype=torch.int32)
         self.num_selected_clusters = new(max_rows, num_kv_heads, dtype=torch.int32)
         self.num_clustered_tokens = new(max_rows, num_kv_heads, dtype=torch.int32)
-        # ranking keys of rows too long for a block's registers
-        self.max_select_segments = min(
-            config.select_segments[1], 1 << max(max_items_per_row - 1, 0).bit_length()
+        # clusters of a row that the selection holds in shared memory; a longer row's ranks lie here
+        self.resident_clusters = clusters_per_segment * min(
+            config.select_resident_clusters // clusters_per_segment, max_items_per_row
         )
-        streams = max_items_per_row > self.max_select_segments
-        self.cluster_keys = new(
-            max_items if streams else 0, num_kv_heads, clusters_per_segment, dtype=torch.int64
+        has_long_rows = max_items_per_row * clusters_per_segment > self.resident_clusters
+        self.long_row_ranks = new(
+            max_items if has_long_rows else 0,
+            num_kv_heads,
+            clusters_per_segment,
+            dtype=torch.int32,
         )
 
         self.exact_max_log2 = new(max_exact_blocks, gqa_group_size)

@@ -25,10 +25,9 @@ class LaunchConfig:
     coarse_max_registers: int | None = None
     coarse_blocks_per_wave: int = 3
     coarse_blocks_per_sm: int = 12
-    # selection: segments held in registers, for a short and a long row; warps where all rows are
-    # short, and where some are long
-    select_segments: tuple[int, int] = (32, 128)
-    select_num_warps: tuple[int, int] = (4, 8)
+    # selection: threads of a block; clusters of a row, of 8 bytes each, held in shared memory
+    select_threads: int = 1024
+    select_resident_clusters: int = 8192
     # exact attention to the selected tokens
     exact_block_tokens: int = 64
     exact_num_warps: int = 4
