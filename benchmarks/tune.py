@@ -38,7 +38,7 @@ CANDIDATES = {
         "coarse_num_stages": (3, 4),
         "coarse_blocks_per_wave": (3, 4),
     },
-    "select": {"select_num_warps": ((4, 4), (8, 8), (16, 16))},
+    "select": {"select_threads": (512, 1024)},
     "exact": {"exact_max_registers": (None, 128), "exact_blocks_per_sm": (2, 3, 4, 6)},
 }
 

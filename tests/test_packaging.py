@@ -48,7 +48,10 @@ def test_the_wheel_holds_every_module(wheel: zipfile.ZipFile) -> None:
     names = set(wheel.namelist())
     sources = [ROOT / "sglang_multipole", *ROOT.glob("kernels/*/"), *ROOT.glob("patches/*/")]
     expected = {
-        str(path.relative_to(source.parent)) for source in sources for path in source.rglob("*.py")
+        str(path.relative_to(source.parent))
+        for source in sources
+        for pattern in ("*.py", "*.cu")
+        for path in source.rglob(pattern)
     }
     assert len(expected) > len(PACKAGES)
     assert expected <= names

@@ -35,7 +35,6 @@ constexpr int MAX_CANDIDATES = 256;
 constexpr int CANDIDATE_THREADS = THREADS / MAX_CANDIDATES;
 constexpr int LIST = 1024;  // clusters whose slots are written together
 constexpr int CLUSTER_LANES = 16;
-constexpr int TOKENS_PER_LANE = 2;
 
 static_assert(THREADS % MAX_CANDIDATES == 0 && THREADS <= BINS / 4 && WARPS <= 32, "THREADS");
 static_assert(CLUSTERS % VECTOR == 0 && HEAD_DIM % 4 == 0 && GROUP <= 16, "geometry");
@@ -467,50 +466,51 @@ __device__ void find_end(const RowHead& row, Shared& shared, u32 budget) {
   __syncthreads();
 }
 
-// Write the slots of the listed clusters' tokens; CLUSTERS_AT_ONCE loads of each kind in flight.
-template <int CLUSTERS_AT_ONCE>
+// Write the slots of the listed clusters' tokens: each team of lanes takes CLUSTERS_AT_ONCE clusters,
+// each lane TOKENS_PER_LANE tokens of each.
+//
+// Loads are not predicated but repeat a valid one, so that all of a kind are in flight together.
+template <int CLUSTERS_AT_ONCE, int TOKENS_PER_LANE>
 __device__ void write_slots(const RowHead& row, const ListedCluster* list, int num_listed,
                             int* slots) {
   constexpr int TEAMS = THREADS / CLUSTER_LANES;
   const int team = threadIdx.x / CLUSTER_LANES, lane = threadIdx.x % CLUSTER_LANES;
-  for (int first = 0; first < num_listed; first += CLUSTERS_AT_ONCE * TEAMS) {
-    ListedCluster cluster[CLUSTERS_AT_ONCE];
-    u32 largest = 0;
+#pragma unroll 1
+  for (int first = team; first < num_listed; first += CLUSTERS_AT_ONCE * TEAMS) {
+    const u16* members[CLUSTERS_AT_ONCE];
+    const int* segment_slots[CLUSTERS_AT_ONCE];
+    int first_token[CLUSTERS_AT_ONCE], size[CLUSTERS_AT_ONCE], largest = 0;
 #pragma unroll
     for (int nth = 0; nth < CLUSTERS_AT_ONCE; ++nth) {
-      const int at = first + nth * TEAMS + team;
-      cluster[nth] = at < num_listed ? list[at] : ListedCluster{0, 0, 0};
-      largest = max(largest, cluster[nth].members & 0xffff);
+      const ListedCluster cluster = list[min(first + nth * TEAMS, num_listed - 1)];
+      const size_t head = (size_t)cluster.place * NUM_KV_HEADS + row.kv_head;
+      members[nth] = row.a.members + head * SEGMENT_SIZE + (cluster.members >> 16);
+      segment_slots[nth] = row.a.segment_slots + (size_t)cluster.place * SEGMENT_SIZE;
+      first_token[nth] = cluster.first_token;
+      size[nth] = cluster.members & 0xffff;
+      largest = max(largest, size[nth]);
     }
-    for (u32 token = lane; token < largest + lane; token += CLUSTER_LANES * TOKENS_PER_LANE) {
-      u32 slot[CLUSTERS_AT_ONCE][TOKENS_PER_LANE];
+#pragma unroll 1
+    for (int begin = 0; begin < largest; begin += CLUSTER_LANES * TOKENS_PER_LANE) {
+      u32 member[CLUSTERS_AT_ONCE][TOKENS_PER_LANE];
+      int slot[CLUSTERS_AT_ONCE][TOKENS_PER_LANE];
 #pragma unroll
-      for (int nth = 0; nth < CLUSTERS_AT_ONCE; ++nth) {
-        const size_t at =
-            ((size_t)cluster[nth].place * NUM_KV_HEADS + row.kv_head) * SEGMENT_SIZE +
-            (cluster[nth].members >> 16);
-#pragma unroll
-        for (int i = 0; i < TOKENS_PER_LANE; ++i) {
-          const u32 member = token + i * CLUSTER_LANES;
-          slot[nth][i] = 0;
-          if (member < (cluster[nth].members & 0xffff)) slot[nth][i] = row.a.members[at + member];
-        }
-      }
-#pragma unroll
-      for (int nth = 0; nth < CLUSTERS_AT_ONCE; ++nth) {
-        const int* segment_slots = row.a.segment_slots + (size_t)cluster[nth].place * SEGMENT_SIZE;
+      for (int nth = 0; nth < CLUSTERS_AT_ONCE; ++nth)
 #pragma unroll
         for (int i = 0; i < TOKENS_PER_LANE; ++i)
-          if (token + i * CLUSTER_LANES < (cluster[nth].members & 0xffff))
-            slot[nth][i] = segment_slots[slot[nth][i]];
-      }
+          member[nth][i] = members[nth][min(begin + i * CLUSTER_LANES + lane, size[nth] - 1)];
+#pragma unroll
+      for (int nth = 0; nth < CLUSTERS_AT_ONCE; ++nth)
+#pragma unroll
+        for (int i = 0; i < TOKENS_PER_LANE; ++i)
+          slot[nth][i] = segment_slots[nth][member[nth][i]];
 #pragma unroll
       for (int nth = 0; nth < CLUSTERS_AT_ONCE; ++nth)
 #pragma unroll
         for (int i = 0; i < TOKENS_PER_LANE; ++i) {
-          const u32 member = token + i * CLUSTER_LANES;
-          if (member < (cluster[nth].members & 0xffff))
-            slots[cluster[nth].first_token + member] = slot[nth][i];
+          const int token = begin + i * CLUSTER_LANES + lane;
+          // behind the list its last cluster is written again, with the same slots
+          if (token < size[nth]) slots[first_token[nth] + token] = slot[nth][i];
         }
     }
   }
@@ -578,9 +578,9 @@ __device__ void list_selected(const RowHead& row, Shared& shared, u64 end, int r
     __syncthreads();
     const int num_listed = min(num_clusters - list_begin, (u32)LIST);
     if (num_listed <= THREADS / CLUSTER_LANES)
-      write_slots<1>(row, shared.list, num_listed, slots);
+      write_slots<1, 4>(row, shared.list, num_listed, slots);
     else
-      write_slots<4>(row, shared.list, num_listed, slots);
+      write_slots<4, 2>(row, shared.list, num_listed, slots);
     __syncthreads();
   }
 }
