@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from sglang_multipole import memory, refusals, sglang_compat
+from sglang_multipole.audit import Audit
 from sglang_multipole.cluster_pool import ClusterPool, PoolShape
 from sglang_multipole.config import MultipoleConfig
 from sglang_multipole.runtime import DecodePath, MultipoleRuntime
@@ -48,8 +49,9 @@ def attach_runtime(runner: Any, values: dict[str, Any]) -> None:
     num_places = memory.num_places(config, runner.max_total_num_tokens)
     pool = ClusterPool(config, shape, num_places)
     builder = SegmentBuilder(pool, layers, req_to_token)
-    path = _decode_path(runner, pool, layers, req_to_token)
-    runtime = MultipoleRuntime(config, pool, builder, path)
+    audit = make_audit(config, layers, req_to_token)
+    path = _decode_path(runner, pool, layers, req_to_token, audit)
+    runtime = MultipoleRuntime(config, pool, builder, path, audit)
     _watch(runner.token_to_kv_pool_allocator, runtime)
     setattr(runner, RUNTIME_ATTRIBUTE, runtime)
     kv_bytes = sum(layer.key_buffer.nbytes + layer.value_buffer.nbytes for layer in layers)
@@ -72,11 +74,26 @@ def attach_runtime(runner: Any, values: dict[str, Any]) -> None:
     )
 
 
+def make_audit(
+    config: MultipoleConfig, layers: list[KVLayer], req_to_token: torch.Tensor
+) -> Audit | None:
+    """The audit that the configuration asks for, None for none."""
+    if not config.audit_interval:
+        return None
+    layer = config.audit_layer if config.audit_layer >= 0 else len(layers) // 2
+    return Audit(config, layer, layers[layer], req_to_token)
+
+
 def _decode_path(
-    runner: Any, pool: ClusterPool, layers: list[KVLayer], req_to_token: torch.Tensor
+    runner: Any,
+    pool: ClusterPool,
+    layers: list[KVLayer],
+    req_to_token: torch.Tensor,
+    audit: Audit | None,
 ) -> DecodePath:
+    audit_layer = audit.layer if audit is not None else None
     if req_to_token.device.type == "cpu":
-        return TorchPath(pool, layers, req_to_token)
+        return TorchPath(pool, layers, req_to_token, audit_layer)
     # imports kernels that a machine without a GPU never runs
     from sglang_multipole.step_buffers import StepBuffers, StepShape
     from sglang_multipole.triton_path import TritonPath
@@ -90,7 +107,8 @@ def _decode_path(
         head_dim=pool.shape.head_dim,
     )
     device = req_to_token.device
-    return TritonPath(pool, layers, req_to_token, StepBuffers(pool.config, shape, device, device))
+    buffers = StepBuffers(pool.config, shape, device, device)
+    return TritonPath(pool, layers, req_to_token, buffers, audit_layer)
 
 
 def _watch(allocator: Any, runtime: MultipoleRuntime) -> None:

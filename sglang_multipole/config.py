@@ -133,6 +133,19 @@ class MultipoleConfig:
         250, "at least so much time lies between two step events", "milliseconds", 10, 60000
     )
 
+    audit_interval: int = _key(
+        0,
+        "every so many decode steps one sparse request is attended to densely as well, in one "
+        "layer, behind the step; error and covered mass go to metrics and events; 0 switches the "
+        "audit off",
+        "decode steps",
+        0,
+        1 << 20,
+    )
+    audit_layer: int = _key(
+        -1, "the audited layer, from 0; -1 is the middle one", "layers", -1, 1 << 10
+    )
+
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, _checked(field, getattr(self, field.name)))

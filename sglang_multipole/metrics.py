@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from sglang_multipole.audit import AuditResult
 from sglang_multipole.dense_reasons import REASONS
 from sglang_multipole.runtime import MultipoleRuntime
 
@@ -31,6 +32,18 @@ _COUNTERS = {
     "orders_without_place": ("Clusterings that found the cluster pool full.", "segments"),
 }
 
+# name: (documentation, upper bounds of the buckets)
+_HISTOGRAMS = {
+    "audit_relative_error": (
+        "Relative error of one layer's attention output in audited decode steps.",
+        (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0),
+    ),
+    "audit_mass_covered": (
+        "Share of the dense attention probability on exactly attended tokens in audited steps.",
+        (0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99, 1.0),
+    ),
+}
+
 
 class MultipoleMetrics:
     """Carries the runtime's counts over into Prometheus.
@@ -44,6 +57,7 @@ class MultipoleMetrics:
 
         counter = getattr(collector, "_counter_cls", None) or prometheus_client.Counter
         gauge = getattr(collector, "_gauge_cls", None) or prometheus_client.Gauge
+        histogram = getattr(collector, "_histogram_cls", None) or prometheus_client.Histogram
         self._runtime, self._labels = runtime, dict(collector.labels)
         self._next_update = 0.0
         self._exported: dict[Any, float] = {}
@@ -67,6 +81,16 @@ class MultipoleMetrics:
         self._dense_steps = new_counter(
             "dense_steps", "Decode steps of requests attended exactly, by the reason why.", "reason"
         )
+        # with labels at once, so that they are in /metrics before the first audit
+        self._histograms = {
+            name: histogram(
+                name=PREFIX + name,
+                documentation=text,
+                labelnames=list(self._labels),
+                buckets=buckets,
+            ).labels(**self._labels)
+            for name, (text, buckets) in _HISTOGRAMS.items()
+        }
         self._build_seconds = new_counter(
             "recluster_seconds", "Time the scheduler spent on ordering clusterings."
         )
@@ -81,6 +105,14 @@ class MultipoleMetrics:
             "pool_places", "Places of the cluster pool, one segment each, by state.", "state"
         )
         self.update()
+
+    def observe_audit(self, result: AuditResult) -> None:
+        """Add an audited step's numbers, at once."""
+        for name, value in (
+            ("audit_relative_error", result.relative_error),
+            ("audit_mass_covered", result.mass_covered),
+        ):
+            self._histograms[name].observe(value)
 
     def update_if_due(self) -> None:
         """Update unless the last time was less than INTERVAL_SECONDS ago."""

@@ -185,6 +185,11 @@ def check_arguments(server_args: Any, config: MultipoleConfig) -> None:
             for r in MODELS
             if r.is_on(model_config)
         ]
+    if not problems and config.audit_layer >= model_config.num_hidden_layers:
+        problems.append(
+            f"audit_layer {config.audit_layer}: the model has layers 0 to "
+            f"{model_config.num_hidden_layers - 1}; choose one of them, or -1"
+        )
     page_size = server_args.page_size or 1
     if config.recluster_interval % page_size:
         problems.append(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,6 +33,7 @@ class Reporting:
         model_name: str,
         dp_rank: int | None,
     ):
+        self._runtime = runtime
         self._metrics = MultipoleMetrics(collector, runtime) if collector is not None else None
         log_suffix.install(runtime)
         self.publisher: EventPublisher | None = None
@@ -48,6 +50,11 @@ class Reporting:
         """
         # the last step of a burst must not wait for the next burst
         is_last = len(finished) == len(reqs)
+        audit = self._runtime.last_audit
+        if audit is not None and self._metrics is not None:
+            self._metrics.observe_audit(audit)
+        if audit is not None and self.publisher is not None:
+            self.publisher.publish("audit", **dataclasses.asdict(audit))
         if self._metrics is not None:
             self._metrics.update() if is_last else self._metrics.update_if_due()
         if self._events is not None:

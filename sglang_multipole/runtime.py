@@ -25,6 +25,7 @@ from multipole_kernels.torch_decode import (
     SPARSE_STEPS,
 )
 from sglang_multipole.activity import Activity
+from sglang_multipole.audit import Audit, AuditedRow, AuditResult, PendingAudit
 from sglang_multipole.cluster_pool import ClusterPool
 from sglang_multipole.config import MultipoleConfig
 from sglang_multipole.dense_reasons import REASONS, dense_reason
@@ -57,6 +58,8 @@ class DecodePath(Protocol):
 
     def attend(self, layer: int, q: torch.Tensor, sm_scale: float, out: torch.Tensor) -> None: ...
 
+    def audited(self, index: int, seq_len: int) -> AuditedRow: ...
+
     def results(self, num_rows: int) -> StepResults: ...
 
 
@@ -69,6 +72,7 @@ class PendingFeedback:
     built: list[bool]
     results: StepResults | None  # None: SGLang's dense attention, there is nothing to read
     started: float  # time.perf_counter() of its plan
+    audit: PendingAudit | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,8 +101,11 @@ class MultipoleRuntime:
         pool: ClusterPool,
         builder: SegmentBuilder,
         path: DecodePath,
+        audit: Audit | None = None,
     ):
         self.config, self.pool, self.builder, self.path = config, pool, builder, path
+        self.audit = audit
+        self.last_audit: AuditResult | None = None  # of the last step, if it was audited
         self.planner = SegmentPlanner(config, pool.num_places, limits=path.limits)
         self.totals = Activity()
         self.dense_steps = dict.fromkeys(REASONS, 0)
@@ -149,6 +156,8 @@ class MultipoleRuntime:
             self._built = self.builder.execute(plan.orders)
             self.build_seconds += time.perf_counter() - started
         self.path.begin(rows, seq_lens, [row.token_budget for row in plan.rows], plan.step)
+        if self.audit is not None:
+            self.audit.begin(plan)
         return True
 
     def begin_unplanned(self, rows: torch.Tensor, seq_lens: torch.Tensor) -> None:
@@ -161,8 +170,15 @@ class MultipoleRuntime:
     def end_step(self) -> PendingFeedback:
         """Send the step's results to the host; after the forward was launched, on its stream."""
         plan, self._plan = self._plan, None
+        audit = None
+        if self.audit is not None and self.audit.index is not None:
+            index = self.audit.index
+            audit = self.audit.end(plan, self.path.audited(index, plan.rows[index].seq_len))
+        # last: whoever has these has the audit's numbers too
         results = self.path.results(len(plan.rows)) if plan.is_sparse else None
-        return PendingFeedback(plan, self._activities, self._built, results, self._step_started)
+        return PendingFeedback(
+            plan, self._activities, self._built, results, self._step_started, audit
+        )
 
     def apply_feedback(self, pending: PendingFeedback) -> None:
         """Take in a step's results; waits until they have arrived."""
@@ -186,6 +202,11 @@ class MultipoleRuntime:
         self.totals.segments_built = self.planner.stats.segments_built
         self.totals.segments_shared = self.planner.stats.segments_shared
         self.last_step = StepOutcome(plan.rows, counters, num_layers)
+        self.last_audit = None
+        if pending.audit is not None:
+            self.last_audit = pending.audit.result(counters, num_layers)
+        if self.last_audit is not None:
+            self.audit.totals.add(self.last_audit)
         now = time.perf_counter()
         self.num_steps += 1
         self.step_seconds += now - max(self._step_ended, pending.started)
@@ -215,6 +236,19 @@ class MultipoleRuntime:
             "ordered": len(planner.in_order),
         }
 
+    def _audit_report(self) -> dict[str, Any]:
+        """Means over all audits, null before the first; empty without an audit."""
+        if self.audit is None:
+            return {}
+        totals = self.audit.totals
+        return {
+            "layer": self.audit.layer,
+            "audits": totals.audits,
+            "relative_error": totals.relative_error / totals.audits if totals.audits else None,
+            "largest_relative_error": totals.largest_relative_error if totals.audits else None,
+            "mass_covered": totals.mass_covered / totals.audits if totals.audits else None,
+        }
+
     def report(self) -> dict[str, Any]:
         """Plain builtins for /server_info."""
         return {
@@ -226,6 +260,7 @@ class MultipoleRuntime:
             "build_seconds": self.build_seconds,
             "totals": self.totals.to_dict(),
             "dense_steps": dict(self.dense_steps),
+            "audit": self._audit_report(),
             "events": self.reporting.report() if self.reporting is not None else {},
         }
 

@@ -13,6 +13,7 @@ from multipole_kernels.decode_buffers import DecodeWorkspace
 from multipole_kernels.launch_config import launch_config
 from multipole_kernels.segment_snapshot import SegmentSnapshot
 from multipole_kernels.torch_decode import NUM_COUNTERS
+from sglang_multipole.audit import AuditBuffers
 from sglang_multipole.config import MultipoleConfig
 from sglang_multipole.segment_planner import BatchLimits
 
@@ -38,7 +39,7 @@ class StepShape:
 
 
 class StepBuffers:
-    """Snapshot, kernel workspace and counters.
+    """Snapshot, kernel workspace and counters; what the audit keeps, if there is one.
 
     Args:
         device: of the buffers; "meta" allocates nothing.
@@ -78,8 +79,12 @@ class StepBuffers:
             launch_config(torch.device(card)),
         )
         self.counters = torch.zeros(shape.max_rows, NUM_COUNTERS, dtype=torch.int64, device=device)
+        self.audit: AuditBuffers | None = None
+        if config.audit_interval:
+            self.audit = AuditBuffers(shape.max_rows, self.workspace)
 
     @property
     def nbytes(self) -> int:
         """Device memory, in bytes."""
-        return self.snapshot.nbytes + self.workspace.bytes + self.counters.nbytes
+        audit = self.audit.nbytes if self.audit is not None else 0
+        return self.snapshot.nbytes + self.workspace.bytes + self.counters.nbytes + audit

@@ -15,6 +15,7 @@ class TopState:
     """Sums since the server's start event, or since the view began.
 
     lost: events whose numbers were missing; dropped: of these, by the server's own queue.
+    relative_error, mass_covered: sums over the audits.
     """
 
     run: str = ""
@@ -31,6 +32,9 @@ class TopState:
     context_tokens: int = 0
     segments: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     recluster_ms: float = 0.0
+    audits: int = 0
+    relative_error: float = 0.0
+    mass_covered: float = 0.0
     pool: dict[str, int] = dataclasses.field(default_factory=dict)
     num_requests: int = 0
     num_sparse_requests: int = 0
@@ -82,6 +86,11 @@ class TopState:
     def _on_segments(self, event: dict[str, Any]) -> None:
         for name in ("built", "shared", "evicted", "open_builds"):
             self.segments[name] += event[name]
+
+    def _on_audit(self, event: dict[str, Any]) -> None:
+        self.audits += 1
+        self.relative_error += event["relative_error"]
+        self.mass_covered += event["mass_covered"]
 
     def _on_request(self, event: dict[str, Any]) -> None:
         self.num_finished += 1

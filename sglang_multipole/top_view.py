@@ -61,9 +61,19 @@ def _figures(state: TopState) -> Table:
             f"{state.recluster_ms / 1000:.1f} s",
         ),
     ]
+    if state.audits:
+        rows.append(("audit", _audit(state)))
     for name, value in rows:
         table.add_row(Text(name, style="bold"), Text(value))
     return table
+
+
+def _audit(state: TopState) -> str:
+    return (
+        f"relative error {state.relative_error / state.audits:.4f}, "
+        f"mass covered {100 * state.mass_covered / state.audits:.1f} %, "
+        f"means of {state.audits} audited steps"
+    )
 
 
 def _requests(state: TopState) -> Table:

@@ -9,6 +9,7 @@ import torch
 
 from multipole_kernels.decode_buffers import DecodePlan
 from multipole_kernels.torch_decode import NUM_COUNTERS, multipole_decode
+from sglang_multipole.audit import AuditedRow
 from sglang_multipole.cluster_pool import ClusterPool
 from sglang_multipole.segment_builder import KVLayer
 from sglang_multipole.segment_planner import BatchLimits
@@ -17,8 +18,17 @@ from sglang_multipole.segment_planner import BatchLimits
 class TorchPath:
     """The same steps as TritonPath's, with sizes read on the host."""
 
-    def __init__(self, pool: ClusterPool, layers: Sequence[KVLayer], req_to_token: torch.Tensor):
+    def __init__(
+        self,
+        pool: ClusterPool,
+        layers: Sequence[KVLayer],
+        req_to_token: torch.Tensor,
+        audit_layer: int | None = None,
+    ):
         self.pool, self.layers, self.req_to_token = pool, layers, req_to_token
+        self._audit_layer = audit_layer
+        # of the audited layer: q, out, the selected slots by row and KV head, sm_scale
+        self._audited: tuple[torch.Tensor, torch.Tensor, list[list[torch.Tensor]], float]
         self.nbytes = 0
         self.limits = BatchLimits()
         self.plan: DecodePlan | None = None
@@ -73,7 +83,7 @@ class TorchPath:
     def attend(self, layer: int, q: torch.Tensor, sm_scale: float, out: torch.Tensor) -> None:
         """Attention of the step's rows in one layer; q, out [B, num_q_heads, head_dim]."""
         kv = self.layers[layer]
-        multipole_decode(
+        selected_slots = multipole_decode(
             q,
             kv.key_buffer,
             kv.value_buffer,
@@ -83,6 +93,25 @@ class TorchPath:
             self.pool.config.max_logit_variance,
             out,
             self._counters,
+        )
+        if layer == self._audit_layer:
+            self._audited = (q.clone(), out.clone(), selected_slots, sm_scale)
+
+    def audited(self, index: int, seq_len: int) -> AuditedRow:
+        """What the step under way did for its row `index`, which is seq_len tokens long."""
+        q, out, selected_slots, sm_scale = self._audited
+        begin, end = self.plan.exact_indptr[index : index + 2].tolist()
+        selected = selected_slots[index]
+        padded = torch.nn.utils.rnn.pad_sequence(selected, batch_first=True)
+        sizes = torch.tensor([[len(slots)] for slots in selected])
+        return AuditedRow(
+            q[index],
+            out[index],
+            self.plan.exact_slots[begin:end],
+            torch.ones(end - begin, dtype=torch.bool),
+            padded,
+            torch.arange(padded.shape[1]) < sizes,
+            sm_scale,
         )
 
     def results(self, num_rows: int) -> TorchResults:

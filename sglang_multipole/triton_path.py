@@ -16,6 +16,7 @@ from multipole_kernels.decode_plan import plan_chunks
 from multipole_kernels.multipole_decode import multipole_decode
 from multipole_kernels.segment_snapshot import PoolIndex
 from multipole_kernels.torch_decode import NUM_COUNTERS
+from sglang_multipole.audit import AuditedRow
 from sglang_multipole.cluster_pool import ClusterPool
 from sglang_multipole.segment_builder import KVLayer
 from sglang_multipole.step_buffers import StepBuffers
@@ -29,6 +30,7 @@ class TritonPath:
 
     Args:
         buffers: what a step is laid out in; captured graphs own their addresses.
+        audit_layer: whose queries and outputs are kept for the audit, if buffers has a place.
     """
 
     def __init__(
@@ -37,7 +39,9 @@ class TritonPath:
         layers: Sequence[KVLayer],
         req_to_token: torch.Tensor,
         buffers: StepBuffers,
+        audit_layer: int | None = None,
     ):
+        self._audit_layer = audit_layer
         self.pool, self.layers, self.req_to_token = pool, layers, req_to_token
         self.buffers = buffers
         self.nbytes, self.limits = buffers.nbytes, buffers.limits
@@ -104,6 +108,12 @@ class TritonPath:
             out,
             buffers.counters,
         )
+        if layer == self._audit_layer:
+            buffers.audit.keep(q, out, buffers.workspace, sm_scale)
+
+    def audited(self, index: int, seq_len: int) -> AuditedRow:
+        """What the step under way did for its row `index`, which is seq_len tokens long."""
+        return self.buffers.audit.row(self.buffers.snapshot.plan, index, seq_len)
 
     def results(self, num_rows: int) -> TritonResults:
         """Start copying the step's results; to be called on the stream of the forward."""

@@ -35,11 +35,17 @@ def registry():
 
 @pytest.fixture
 def collector(registry):
-    return SimpleNamespace(
-        labels=LABELS,
-        _counter_cls=functools.partial(prometheus_client.Counter, registry=registry),
-        _gauge_cls=functools.partial(prometheus_client.Gauge, registry=registry),
-    )
+    return make_collector(registry, LABELS)
+
+
+def make_collector(registry, labels):
+    """SGLang's collector as far as the metrics look at it, with a registry of its own."""
+    kinds = (prometheus_client.Counter, prometheus_client.Gauge, prometheus_client.Histogram)
+    classes = {
+        f"_{kind.__name__.lower()}_cls": functools.partial(kind, registry=registry)
+        for kind in kinds
+    }
+    return SimpleNamespace(labels=labels, **classes)
 
 
 def value(registry, name, **more):

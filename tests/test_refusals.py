@@ -19,6 +19,7 @@ def make_args(**changes):
         hf_config=SimpleNamespace(architectures=["LlamaForCausalLM"]),
         is_encoder_decoder=False,
         is_generation=True,
+        num_hidden_layers=4,
         attention_chunk_size=None,
         head_dim=64,
         v_head_dim=64,
@@ -81,6 +82,12 @@ def test_environment_switches_are_refused_too(monkeypatch, variable, message):
     monkeypatch.setenv(variable, "true")
     with pytest.raises(refusals.RefusedError, match=message):
         refusals.check_arguments(make_args(), CONFIG)
+
+
+def test_an_audited_layer_that_the_model_lacks_is_refused():
+    refusals.check_arguments(make_args(), MultipoleConfig(audit_layer=3))
+    with pytest.raises(refusals.RefusedError, match="audit_layer 4: the model has layers 0 to 3"):
+        refusals.check_arguments(make_args(), MultipoleConfig(audit_layer=4))
 
 
 def test_all_conflicts_are_named_at_once():

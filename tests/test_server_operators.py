@@ -32,6 +32,7 @@ CONFIG = {
     "strict_activation": True,
     "events_endpoint": EVENTS,
     "events_interval_ms": 100,
+    "audit_interval": 4,
 }
 FLAGS = (
     "--enable-multipole",
@@ -72,7 +73,7 @@ def scrape(server: LocalServer) -> dict[str, float]:
             name, labels, value = match.groups()
             assert 'model_name="' in labels
             assert 'tp_rank="0"' in labels
-            kind = re.search(r'(?:reason|state)="(\w+)"', labels)
+            kind = re.search(r'(?:reason|state|le)="([\w.+]+)"', labels)
             samples[name + (f":{kind[1]}" if kind else "")] = float(value)
     return samples
 
@@ -117,6 +118,30 @@ def test_metrics_grow_with_what_is_served(server: LocalServer) -> None:
     assert after["pool_bytes"] == report["pool"]["bytes"]
     states = [after[f"pool_places:{state}"] for state in ("free", "sealed", "open", "ordered")]
     assert sum(states) == report["pool"]["places"]
+
+
+def test_the_audit_measures_live_traffic(server: LocalServer) -> None:
+    before = rested(server)
+    with EventSource(EVENTS) as source:
+        source.wait_until_connected(30)
+        answer = ask(server, LONG)
+        events = []
+        while not any(event["event"] == "request" for event in events):
+            events.append(source.next(30))
+    audits = [event for event in events if event["event"] == "audit"]
+    # every fourth of 11 or 12 steps
+    assert 2 <= len(audits) <= 3
+    grown = {name: value - before[name] for name, value in rested(server).items()}
+    assert grown["audit_mass_covered_count"] >= len(audits)
+    for audit in audits:
+        assert audit["rid"] == answer["meta_info"]["id"]
+        assert audit["layer"] == 15
+        assert 0 < audit["relative_error"] < 1
+        assert 0.2 < audit["mass_covered"] < 1
+    assert state(server)["audit"]["audits"] >= len(audits)
+    exact = ask(server, LONG, {"multipole": {"token_budget": 1000}})
+    assert activity(exact)["sparse_steps"] == 11
+    assert state(server)["audit"]["largest_relative_error"] < 1
 
 
 def test_the_decode_line_of_the_log_ends_with_what_was_read(server: LocalServer) -> None:

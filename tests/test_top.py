@@ -122,6 +122,23 @@ def test_the_screen_shows_requests_as_they_are_named() -> None:
     assert "nothing for 9 s: the server is gone, or paused" in text
 
 
+def test_the_means_of_audits_are_shown_once_there_is_one() -> None:
+    state = TopState()
+    state.apply(EVENTS[0])
+
+    def shown() -> str:
+        console = Console(width=100, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+        console.print(top_view.screen(state, "here", now=None))
+        return console.export_text()
+
+    assert "audit" not in shown()
+    for seq, error, mass in ((1, 0.02, 0.9), (2, 0.04, 0.8)):
+        numbers = {"relative_error": error, "mass_covered": mass}
+        state.apply(make_event(seq, "audit", rid="r1", layer=2, context_tokens=9000, **numbers))
+    text = shown()
+    assert "relative error 0.0300, mass covered 85.0 %, means of 2 audited steps" in text
+
+
 def test_without_a_terminal_there_are_plain_lines(
     recording: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

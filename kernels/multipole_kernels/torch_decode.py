@@ -26,7 +26,7 @@ def multipole_decode(
     max_logit_variance: float,
     out: torch.Tensor,
     counters: torch.Tensor,
-) -> None:
+) -> list[list[torch.Tensor]]:
     """Attention of one new token per row.
 
     Args:
@@ -35,12 +35,16 @@ def multipole_decode(
         counters: [B, 4] int64, added to by what was attended in this call: 1 if the row had
             clusters (sparse), else 1 in the next column (dense; a row of padding counts in
             neither); tokens attended exactly, mean of the KV heads; tokens in context.
+
+    Returns:
+        For each row and KV head the KV slots of its selected clusters' tokens, int64.
     """
+    selected_slots = []
     item_indptr, exact_indptr = plan.item_indptr.tolist(), plan.exact_indptr.tolist()
     for row in range(q.shape[0]):
         places = plan.item_place[item_indptr[row] : item_indptr[row + 1]].long()
         slots = plan.exact_slots[exact_indptr[row] : exact_indptr[row + 1]].long()
-        out[row], num_selected = _decode_row(
+        out[row], selected = _decode_row(
             q[row],
             key_cache,
             value_cache,
@@ -53,9 +57,12 @@ def multipole_decode(
         )
         if len(places) or len(slots):
             counters[row, SPARSE_STEPS if len(places) else DENSE_STEPS] += 1
+        selected_slots.append(selected)
+        num_selected = sum(len(head_slots) for head_slots in selected) // key_cache.shape[1]
         counters[row, EXACT_TOKENS] += len(slots) + num_selected
         # every KV head has the same tokens under its clusters
         counters[row, CONTEXT_TOKENS] += len(slots) + layer.cluster_sizes[places, 0].sum()
+    return selected_slots
 
 
 def _decode_row(
@@ -68,14 +75,14 @@ def _decode_row(
     token_budget: int,
     sm_scale: float,
     max_logit_variance: float,
-) -> tuple[torch.Tensor, int]:
-    """out [H * G, D] and the tokens of selected clusters, mean of the KV heads."""
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """out [H * G, D] and each KV head's slots of the selected clusters' tokens."""
     num_kv_heads, head_dim = key_cache.shape[1:]
     grouped_q = q.view(num_kv_heads, -1, head_dim)
     keys, values = key_cache[exact_slots].transpose(0, 1), value_cache[exact_slots].transpose(0, 1)
     everything = torch.ones(keys.shape[:2], dtype=torch.bool, device=q.device)
     states = [reference.exact_attention(grouped_q, keys, values, everything, sm_scale)]
-    num_selected = 0
+    selected_slots = [exact_slots[:0]] * num_kv_heads
     if len(places):
         # [H, items * K, ...]
         key_centroids = layer.key_centroids[places].transpose(0, 1).flatten(1, 2)
@@ -90,10 +97,11 @@ def _decode_row(
             scores, tail, states[0][1], sizes.int(), token_budget
         )
         states.append(reference.centroid_attention(tail, value_centroids.to(q.dtype), selected))
+        selected_slots = [
+            _member_slots(layer, places, head, selected[head]) for head in range(num_kv_heads)
+        ]
         head_states = []
-        for head in range(num_kv_heads):
-            slots = _member_slots(layer, places, head, selected[head])
-            num_selected += len(slots)
+        for head, slots in enumerate(selected_slots):
             mask = torch.ones(1, len(slots), dtype=torch.bool, device=q.device)
             head_states.append(
                 reference.exact_attention(
@@ -109,7 +117,7 @@ def _decode_row(
         torch.stack([state_out for state_out, _ in states], -2),
         torch.stack([lse for _, lse in states], -1),
     )
-    return out.reshape(q.shape), num_selected // num_kv_heads
+    return out.reshape(q.shape), selected_slots
 
 
 def _member_slots(

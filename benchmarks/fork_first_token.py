@@ -1,0 +1,98 @@
+"""Time to first token of the demo's forks, multipole server beside its dense twin.
+
+    python -m benchmarks.fork_first_token --model-path DIR --csv out.csv
+
+As in `make demo`: the prompt of examples/best_of_n.py is prefilled once, then as many answers are
+sampled from it side by side. The cache is emptied before each repeat, so that a multipole server
+clusters the prompt anew each time. Servers take turns; a row is one fork.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.token_stream import TokenStream, run_together
+from sglang_multipole.local_server import LocalServer
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+import best_of_n
+import demo
+
+NUM_TOKENS = 8  # of each answer: the first, and steps during which the prompt is clustered
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model-path", type=Path, required=True)
+    parser.add_argument("--rounds", type=int, default=3, help="starts of each server")
+    parser.add_argument("--repeats", type=int, default=3, help="of the forks, in each round")
+    parser.add_argument("--csv", type=Path, required=True)
+    arguments = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    for round_number in range(arguments.rounds):
+        for name, flags in (("dense", []), ("multipole", demo.MULTIPOLE_FLAGS)):
+            with tempfile.TemporaryDirectory() as folder:
+                all_flags, log = [*demo.COMMON_FLAGS, *flags], Path(folder) / "server.log"
+                with LocalServer(arguments.model_path, all_flags, log) as server:
+                    for repeat in range(arguments.repeats):
+                        for fork, row in enumerate(measure(server)):
+                            place = {"server": name, "round": round_number, "repeat": repeat}
+                            rows.append(place | {"fork": fork} | row)
+                            print(rows[-1], flush=True)
+            write(arguments.csv, rows)
+    report(rows)
+    return 0
+
+
+def measure(server: LocalServer) -> list[dict[str, Any]]:
+    """One row a fork."""
+    server.get("/flush_cache")
+    prompt = demo.best_of_n_text()
+    run_together([TokenStream(server, prompt, 1)])
+    sampling = {"temperature": best_of_n.TEMPERATURE}
+    streams = [
+        TokenStream(server, prompt, NUM_TOKENS, sampling) for _ in range(best_of_n.NUM_SAMPLES)
+    ]
+    run_together(streams)
+    rows = []
+    for stream in streams:
+        activity = stream.meta_info.get("multipole")
+        if activity is not None and activity["sparse_steps"] != NUM_TOKENS - 1:
+            raise RuntimeError(f"fork_first_token: all steps must be sparse, got {activity}")
+        rows.append(
+            {
+                "cached_tokens": stream.meta_info["cached_tokens"],
+                "prompt_tokens": stream.meta_info["prompt_tokens"],
+                "first_token_ms": round(1e3 * stream.first_token_seconds, 1),
+                "second_token_ms": round(1e3 * (stream.times[1] - stream.began), 1),
+                "segments_built": activity["segments_built"] if activity else "",
+                "segments_shared": activity["segments_shared"] if activity else "",
+            }
+        )
+    return rows
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def report(rows: list[dict[str, Any]]) -> None:
+    """Medians over all forks."""
+    for name in ("dense", "multipole"):
+        for column in ("first_token_ms", "second_token_ms"):
+            values = [row[column] for row in rows if row["server"] == name]
+            print(f"{name:>10} {column:>16} median {statistics.median(values):8.1f}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

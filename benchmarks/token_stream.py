@@ -1,0 +1,87 @@
+"""One streamed request to a server, and when each of its tokens arrived."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import threading
+import time
+from typing import Any
+
+from sglang_multipole.local_server import LocalServer
+
+
+class TokenStream(threading.Thread):
+    """A greedy request of a fixed number of tokens, sent when the thread starts.
+
+    Args:
+        prompt: a text, or token ids.
+        sampling: parameters beside temperature 0, max_new_tokens and ignore_eos.
+
+    Attributes:
+        began, times: time.perf_counter() of the request and of each token, seconds.
+        meta_info: SGLang's, of the last token.
+        error: why there is no answer; empty if there is one.
+    """
+
+    def __init__(
+        self,
+        server: LocalServer,
+        prompt: str | list[int],
+        num_tokens: int,
+        sampling: dict[str, Any] | None = None,
+    ):
+        super().__init__(daemon=True)
+        self._port = server.port
+        fixed = {"temperature": 0, "max_new_tokens": num_tokens, "ignore_eos": True}
+        self._body = {
+            "text" if isinstance(prompt, str) else "input_ids": prompt,
+            "sampling_params": fixed | (sampling or {}),
+            "stream": True,
+        }
+        self.began = 0.0
+        self.times: list[float] = []
+        self.meta_info: dict[str, Any] = {}
+        self.error = ""
+
+    @property
+    def first_token_seconds(self) -> float:
+        return self.times[0] - self.began
+
+    def run(self) -> None:
+        try:
+            self._run()
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            self.error = repr(error)
+
+    def _run(self) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=600)
+        self.began = time.perf_counter()
+        connection.request(
+            "POST", "/generate", json.dumps(self._body), {"Content-Type": "application/json"}
+        )
+        last = b"data: {}"
+        for line in connection.getresponse():
+            if not line.startswith(b"data: ") or line.startswith(b"data: [DONE]"):
+                continue
+            self.times.append(time.perf_counter())
+            last = line
+        answer = json.loads(last.removeprefix(b"data: "))
+        if "meta_info" not in answer:
+            raise ValueError(answer)
+        self.meta_info = answer["meta_info"]
+
+
+def run_together(streams: list[TokenStream]) -> None:
+    """Send all, and wait until all are answered.
+
+    Raises:
+        RuntimeError: one failed.
+    """
+    for stream in streams:
+        stream.start()
+    for stream in streams:
+        stream.join()
+    failed = [stream.error for stream in streams if stream.error]
+    if failed:
+        raise RuntimeError(f"{len(failed)} of {len(streams)} requests failed: {failed[0]}")
