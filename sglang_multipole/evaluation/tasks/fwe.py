@@ -4,16 +4,9 @@ from __future__ import annotations
 
 import random
 import string
-from typing import Any
 
-from sglang_multipole.evaluation.task import (
-    Prompt,
-    Tokenizer,
-    fit,
-    fraction_found,
-    make_rng,
-    require_length,
-)
+from sglang_multipole.evaluation.haystack_task import HaystackTask
+from sglang_multipole.evaluation.task import Prompt, Tokenizer, fit, make_rng
 
 ANSWER_TOKENS = 50  # RULER's
 TOKENS_PER_WORD_KIND = 50  # the vocabulary has length // this words
@@ -24,24 +17,13 @@ NUM_ASKED = 3
 DOTS = "..."  # stands for the most frequent word, and is not asked for
 
 
-class FrequentWords:
+class FrequentWords(HaystackTask):
     """Count words over the whole context."""
 
     name = "fwe"
     max_tokens = ANSWER_TOKENS
 
-    def generate(
-        self, samples: int, length: int | None, seed: int, tokenizer: Tokenizer
-    ) -> list[Prompt]:
-        """See Task."""
-        room = require_length(length, self.max_tokens, self.name)
-        return [self._sample(f"{seed}/{i}", room, tokenizer) for i in range(samples)]
-
-    def score(self, answer: str, reference: Any) -> float:
-        """See Task."""
-        return fraction_found(answer, reference)
-
-    def _sample(self, seed: str, room: int, tokenizer: Tokenizer) -> Prompt:
+    def make_sample(self, seed: str, room: int, tokenizer: Tokenizer) -> Prompt:
         rng = make_rng(self.name, seed)
         vocabulary = _make_vocabulary(rng, max(MIN_VOCABULARY, room // TOKENS_PER_WORD_KIND))
 

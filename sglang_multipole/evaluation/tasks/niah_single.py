@@ -2,38 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from sglang_multipole.evaluation import noise
-from sglang_multipole.evaluation.task import (
-    Prompt,
-    Tokenizer,
-    fit,
-    fraction_found,
-    make_rng,
-    require_length,
-)
+from sglang_multipole.evaluation.haystack_task import HaystackTask
+from sglang_multipole.evaluation.task import Prompt, Tokenizer, fit, make_rng
 from sglang_multipole.evaluation.tasks import needles
 
 
-class NiahSingle:
+class NiahSingle(HaystackTask):
     """Find the only needle."""
 
     name = "niah_single"
     max_tokens = needles.ANSWER_TOKENS
 
-    def generate(
-        self, samples: int, length: int | None, seed: int, tokenizer: Tokenizer
-    ) -> list[Prompt]:
-        """See Task."""
-        room = require_length(length, self.max_tokens, self.name)
-        return [self._sample(f"{seed}/{i}", room, tokenizer) for i in range(samples)]
-
-    def score(self, answer: str, reference: Any) -> float:
-        """See Task."""
-        return fraction_found(answer, reference)
-
-    def _sample(self, seed: str, room: int, tokenizer: Tokenizer) -> Prompt:
+    def make_sample(self, seed: str, room: int, tokenizer: Tokenizer) -> Prompt:
         rng = make_rng(self.name, seed)
         key, value = needles.word_keys(rng)(), needles.new_number(rng)
         place = rng.random()

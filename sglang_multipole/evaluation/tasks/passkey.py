@@ -6,37 +6,24 @@ import re
 from typing import Any
 
 from sglang_multipole.evaluation import noise
-from sglang_multipole.evaluation.task import (
-    Prompt,
-    Tokenizer,
-    fit,
-    make_rng,
-    require_length,
-    strip_reasoning,
-)
+from sglang_multipole.evaluation.haystack_task import HaystackTask
+from sglang_multipole.evaluation.task import Prompt, Tokenizer, fit, make_rng, strip_reasoning
 
 ANSWER_TOKENS = 32
 KEY_DIGITS = 5
 
 
-class Passkey:
+class Passkey(HaystackTask):
     """Repeat the key."""
 
     name = "passkey"
     max_tokens = ANSWER_TOKENS
 
-    def generate(
-        self, samples: int, length: int | None, seed: int, tokenizer: Tokenizer
-    ) -> list[Prompt]:
-        """See Task."""
-        room = require_length(length, self.max_tokens, self.name)
-        return [self._sample(f"{seed}/{i}", room, tokenizer) for i in range(samples)]
-
     def score(self, answer: str, reference: Any) -> float:
         """1 if the key is a number of the answer; digits within a longer number do not count."""
         return float(reference in re.findall(r"\d+", strip_reasoning(answer)))
 
-    def _sample(self, seed: str, room: int, tokenizer: Tokenizer) -> Prompt:
+    def make_sample(self, seed: str, room: int, tokenizer: Tokenizer) -> Prompt:
         rng = make_rng(self.name, seed)
         key = str(rng.randrange(10 ** (KEY_DIGITS - 1), 10**KEY_DIGITS))
         place = rng.random()

@@ -4,17 +4,10 @@ from __future__ import annotations
 
 import random
 import string
-from typing import Any
 
 from sglang_multipole.evaluation import noise
-from sglang_multipole.evaluation.task import (
-    Prompt,
-    Tokenizer,
-    fit,
-    fraction_found,
-    make_rng,
-    require_length,
-)
+from sglang_multipole.evaluation.haystack_task import HaystackTask
+from sglang_multipole.evaluation.task import Prompt, Tokenizer, fit, make_rng
 
 ANSWER_TOKENS = 30  # RULER's
 NUM_HOPS = 4
@@ -25,24 +18,13 @@ EXAMPLE_TOKENS = 500
 EXAMPLE_NAME_LETTERS = 3
 
 
-class VariableTracking:
+class VariableTracking(HaystackTask):
     """Name all variables that have one value, through assignments of each other."""
 
     name = "vt"
     max_tokens = ANSWER_TOKENS
 
-    def generate(
-        self, samples: int, length: int | None, seed: int, tokenizer: Tokenizer
-    ) -> list[Prompt]:
-        """See Task."""
-        room = require_length(length, self.max_tokens, self.name)
-        return [self._sample(f"{seed}/{i}", room, tokenizer) for i in range(samples)]
-
-    def score(self, answer: str, reference: Any) -> float:
-        """See Task."""
-        return fraction_found(answer, reference)
-
-    def _sample(self, seed: str, room: int, tokenizer: Tokenizer) -> Prompt:
+    def make_sample(self, seed: str, room: int, tokenizer: Tokenizer) -> Prompt:
         rng = make_rng(self.name, seed)
         example = _Chain(rng, EXAMPLE_NAME_LETTERS)
         shown = fit(example.build, EXAMPLE_TOKENS, tokenizer, f"{self.name}'s example")
