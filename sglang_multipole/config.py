@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import re
 from pathlib import Path
 from typing import Any
 
 from sglang_multipole import events_endpoint
+from sglang_multipole.suggestion import suggest
 
 BACKEND_NAME = "multipole"
 _DEFAULT_MAX_TOKEN_BUDGET = 4096  # tokens
@@ -241,11 +241,8 @@ class MultipoleConfig:
         known = {field.name: field for field in dataclasses.fields(cls)}
         for key in values:
             if key not in known:
-                near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
                 raise ConfigError(
-                    f"unknown key {key!r} in the multipole config{hint} "
-                    f"Known keys: {', '.join(sorted(known))}"
+                    f"unknown key {key!r} in the multipole config; {suggest(str(key), known)}"
                 )
         return cls(**values)
 

@@ -8,11 +8,11 @@ Absent, null, true and {} all mean the server's configuration.
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
 from sglang_multipole.config import MultipoleConfig
 from sglang_multipole.segment_planner import SWITCHED_OFF
+from sglang_multipole.suggestion import suggest
 
 NAME = "multipole"
 _WHERE = 'custom_params["multipole"]'
@@ -47,9 +47,9 @@ def token_budget(custom_params: Any, config: MultipoleConfig) -> int:
         )
     for key in settings:
         if key not in _KEYS:
-            close = difflib.get_close_matches(str(key), _KEYS, 1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(_KEYS)}"
-            raise RequestSettingsError(f"{_WHERE}: unknown key {_brief(key)}; {hint}")
+            raise RequestSettingsError(
+                f"{_WHERE}: unknown key {_brief(key)}; {suggest(str(key), _KEYS)}"
+            )
     budget = settings.get("token_budget")
     if budget is None:
         return config.token_budget
