@@ -30,8 +30,9 @@ from benchmarks.timing import (
     time_graph,
 )
 from benchmarks.tune import CENTROIDS, relative_error, stage_calls
+from multipole_kernels import reference
 from multipole_kernels.decode_plan import plan_chunks
-from tests.decode_case import DecodeCase, make_case, quantize
+from tests.decode_case import DecodeCase, make_case
 
 NUM_LAYERS = 36
 NUM_RECENT = 200  # between one and two recluster intervals
@@ -59,8 +60,12 @@ def with_centroids(case: DecodeCase, name: str) -> DecodeCase:
     case = dataclasses.replace(case, pool_layer=dataclasses.replace(case.pool_layer))
     if dtype is not None:
         pool = case.pool_layer
-        pool.key_centroids, pool.key_scale = quantize(pool.key_centroids.float(), dtype)
-        pool.value_centroids, pool.value_scale = quantize(pool.value_centroids.float(), dtype)
+        pool.key_centroids, pool.key_scale = reference.quantize_centroids(
+            pool.key_centroids.float(), dtype
+        )
+        pool.value_centroids, pool.value_scale = reference.quantize_centroids(
+            pool.value_centroids.float(), dtype
+        )
     return case
 
 

@@ -82,16 +82,6 @@ def make_queries(
     return q.reshape(num_kv_heads * gqa_group_size, head_dim)
 
 
-def quantize(centroids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """8-bit centroids [*, D] and their scales [*] float32."""
-    largest = 127.0 if dtype == torch.int8 else 448.0
-    scale = centroids.abs().amax(-1).clamp(min=1e-12) / largest
-    scaled = centroids / scale.unsqueeze(-1)
-    if dtype == torch.int8:
-        scaled = scaled.round()
-    return scaled.to(dtype), scale
-
-
 def make_case(
     lengths: list[int],
     budgets: list[int],
@@ -199,6 +189,7 @@ def _make_pool(
         value_centroids=new(*heads, head_dim, dtype=centroid_dtype),
         cluster_sizes=new(*heads, dtype=torch.int16),
         key_variance=new(*heads, dtype=torch.float32),
+        pair_weight=new(num_kv_heads, head_dim // 2, dtype=torch.float32),
         members=new(num_kv_heads, segment_size, dtype=torch.int16),
         member_begin=new(*heads, dtype=torch.int16),
         segment_slots=new(segment_size, dtype=torch.int32),
@@ -218,18 +209,21 @@ def _make_pool(
             keys = k_cache[slots[:, sinks:]].transpose(1, 2)
             values = v_cache[slots[:, sinks:]].transpose(1, 2)
             ids = reference.cluster_segment(keys, num_clusters, max_cluster_size, 4, segment)
-            key_centroids, value_centroids, sizes, variance = reference.summarize_clusters(
-                keys, values, ids, num_clusters
+            key_centroids, value_centroids, sizes, variance, pair_weight = (
+                reference.summarize_clusters(keys, values, ids, num_clusters)
             )
             if has_scale:
-                key_centroids, pool.key_scale[places] = quantize(key_centroids, centroid_dtype)
-                value_centroids, pool.value_scale[places] = quantize(
+                key_centroids, pool.key_scale[places] = reference.quantize_centroids(
+                    key_centroids, centroid_dtype
+                )
+                value_centroids, pool.value_scale[places] = reference.quantize_centroids(
                     value_centroids, centroid_dtype
                 )
             pool.key_centroids[places] = key_centroids.to(centroid_dtype)
             pool.value_centroids[places] = value_centroids.to(centroid_dtype)
             pool.cluster_sizes[places] = sizes.to(torch.int16)
             pool.key_variance[places] = variance
+            pool.pair_weight[places] = pair_weight
             sorted_members = ids.argsort(dim=-1, stable=True) + sinks
             pool.members[places, :, : end - begin - sinks] = sorted_members.to(torch.int16)
             pool.member_begin[places] = (sizes.cumsum(-1) - sizes).to(torch.int16)
@@ -282,20 +276,19 @@ def reference_inputs(case: DecodeCase, nth: int, dtype: torch.dtype) -> dict[str
         # [segments, H, K, ...] -> [H, segments * K, ...]
         return tensor[places].transpose(0, 1).flatten(1, 2)
 
-    key_centroids = of_row(pool.key_centroids).float()
-    value_centroids = of_row(pool.value_centroids).float()
-    if pool.key_scale is not None:
-        key_centroids = key_centroids * of_row(pool.key_scale).unsqueeze(-1)
-        value_centroids = value_centroids * of_row(pool.value_scale).unsqueeze(-1)
+    def centroids(quantized: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+        return of_row(reference.dequantize_centroids(quantized, scale))
+
     return {
         "q": case.q[nth].to(dtype),
         "keys": case.k_cache[row.slots].to(dtype),
         "values": case.v_cache[row.slots].to(dtype),
         "cluster_ids": cluster_ids,
-        "key_centroids": key_centroids,
-        "value_centroids": value_centroids,
+        "key_centroids": centroids(pool.key_centroids, pool.key_scale),
+        "value_centroids": centroids(pool.value_centroids, pool.value_scale),
         "cluster_sizes": of_row(pool.cluster_sizes).int(),
         "key_variance": of_row(pool.key_variance),
+        "pair_weight": of_row(pool.pair_weight.unsqueeze(2).expand(*pool.key_variance.shape, -1)),
         "token_budget": case.budgets[nth],
         "sm_scale": case.sm_scale,
         "max_logit_variance": case.max_logit_variance,
@@ -327,9 +320,10 @@ def attention_given_selection(case: DecodeCase, nth: int, selected: torch.Tensor
     exactly = (ids < 0) | selected.gather(-1, ids.clamp(min=0))
     exact_out, exact_lse = reference.exact_attention(q, keys, values, exactly, case.sm_scale)
     scores = reference.centroid_lookup(q, given["key_centroids"], case.sm_scale)
-    tail = reference.tail_logits(
-        q, scores, sizes, given["key_variance"], case.sm_scale, case.max_logit_variance
+    variance = reference.logit_variance(
+        q, given["key_variance"], given["pair_weight"], case.sm_scale
     )
+    tail = reference.tail_logits(scores, sizes, variance, case.max_logit_variance)
     tail_out, tail_lse = reference.centroid_attention(tail, given["value_centroids"], selected)
     out, _ = reference.merge_states(
         torch.stack([exact_out, tail_out], -2), torch.stack([exact_lse, tail_lse], -1)

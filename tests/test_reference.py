@@ -20,9 +20,14 @@ def make_request(num_tokens: int, num_clusters: int, seed: int = 0, num_sinks: i
     clustered_keys = keys[num_sinks:].transpose(0, 1)
     clustered_values = values[num_sinks:].transpose(0, 1)
     ids = reference.cluster_segment(clustered_keys, num_clusters, 32, 4, 0)
-    summary = reference.summarize_clusters(clustered_keys, clustered_values, ids, num_clusters)
     all_ids = torch.cat([torch.full((HEADS, num_sinks), -1), ids], dim=-1)
-    return q, keys, values, all_ids, *summary
+    return q, keys, values, all_ids, *summarize(clustered_keys, clustered_values, ids, num_clusters)
+
+
+def summarize(keys, values, ids, num_clusters: int):
+    """The summary of one segment, with its pair weight repeated for each cluster."""
+    *summary, pair_weight = reference.summarize_clusters(keys, values, ids, num_clusters)
+    return *summary, pair_weight.unsqueeze(1).expand(-1, num_clusters, -1)
 
 
 def dense(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -48,7 +53,7 @@ def test_no_budget_equals_pure_centroid_attention():
     request = make_request(200, 12, num_sinks=0)
     out, _, selected = attend(request, 0, max_logit_variance=0.0)
     assert not selected.any()
-    q, _, _, _, key_centroids, value_centroids, sizes, _ = request
+    q, _, _, _, key_centroids, value_centroids, sizes, *_ = request
     grouped = q.view(HEADS, GROUP, DIM)
     weight = sizes[:, None] * (grouped @ key_centroids.mT * SCALE).exp()
     expected = (weight @ value_centroids) / weight.sum(-1, keepdim=True)
@@ -66,9 +71,7 @@ def test_every_token_is_counted_exactly_once(token_budget):
     )
     values = request[2] = torch.nn.functional.pad(values, (0, DIM - 2))
     ids = request[3][:, 3:]
-    request[4:] = reference.summarize_clusters(
-        keys[3:].transpose(0, 1), values[3:].transpose(0, 1), ids, 12
-    )
+    request[4:] = summarize(keys[3:].transpose(0, 1), values[3:].transpose(0, 1), ids, 12)
     out, lse, _ = attend(request, token_budget)
     torch.testing.assert_close(out[:, 0], torch.ones(HEADS * GROUP))
     torch.testing.assert_close(out[:, 1], torch.full((HEADS * GROUP,), position.mean().item()))
@@ -206,6 +209,47 @@ def test_the_second_order_term_brings_the_tail_nearer():
     assert error(with_term) < 0.5 * error(without)
 
 
+def test_the_pair_weight_finds_the_dimensions_that_vary():
+    """Keys that vary in one pair of dimensions only: the variance of the logits is the true one."""
+    generator = torch.Generator().manual_seed(8)
+    keys = torch.zeros(1, 500, DIM)
+    keys[..., 2] = torch.randn(500, generator=generator)
+    keys[..., 2 + DIM // 2] = keys[..., 2].flip(-1)
+    ids = torch.zeros(1, 500, dtype=torch.int64)
+    summary = reference.summarize_clusters(keys, keys, ids, 1)
+    torch.testing.assert_close(summary.pair_weight.mean(-1), torch.ones(1))
+    for axis, is_felt in [(2, True), (2 + DIM // 2, True), (3, False)]:
+        q = torch.zeros(1, 1, DIM)
+        q[..., axis] = 3.0
+        variance = reference.logit_variance(
+            q, summary.key_variance, summary.pair_weight.unsqueeze(1), SCALE
+        )
+        truth = (q @ keys.mT * SCALE).var(-1, correction=0, keepdim=True)
+        assert (variance > 0.0).item() is is_felt
+        torch.testing.assert_close(variance, truth, rtol=1e-4, atol=1e-6)
+
+
+def test_equal_keys_have_an_even_pair_weight():
+    summary = reference.summarize_clusters(
+        torch.ones(1, 9, DIM), torch.ones(1, 9, DIM), torch.zeros(1, 9, dtype=torch.int64), 2
+    )
+    assert (summary.pair_weight == 1.0).all()
+    assert not summary.key_variance.any()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "largest_error"), [(torch.int8, 0.5 / 127), (torch.float8_e4m3fn, 2**-4)]
+)
+def test_centroids_in_8_bits_are_near_what_they_were(dtype, largest_error):
+    centroids = torch.randn(2, 5, DIM, generator=torch.Generator().manual_seed(9))
+    centroids[0, 3] = 0.0
+    quantized, scale = reference.quantize_centroids(centroids, dtype)
+    assert quantized.dtype == dtype
+    assert quantized.float().abs().amax(-1).min() == 0.0
+    error = (reference.dequantize_centroids(quantized, scale) - centroids).abs().amax(-1)
+    assert (error <= largest_error * centroids.abs().amax(-1) * 1.0001).all()
+
+
 def test_too_few_clusters_for_the_cap_are_refused():
     with pytest.raises(ValueError, match="1024 tokens need more than 16 clusters"):
         reference.cluster_segment(torch.zeros(1, 1024, DIM), 16, 64, 4, 0)
@@ -223,6 +267,7 @@ def test_a_request_without_clusters_is_dense():
         torch.zeros(HEADS, 0, DIM),
         none.int(),
         none,
+        torch.zeros(HEADS, 0, DIM // 2),
         64,
         SCALE,
         1.0,

@@ -23,6 +23,7 @@ class PoolLayer:
     value_centroids: torch.Tensor  # [P, H, K, D], same dtype
     cluster_sizes: torch.Tensor  # [P, H, K] int16, tokens
     key_variance: torch.Tensor  # [P, H, K] float32
+    pair_weight: torch.Tensor  # [P, H, D / 2] float32, see reference.ClusterSummary
     members: torch.Tensor  # [P, H, S] int16, offsets in the segment, sorted by cluster
     member_begin: torch.Tensor  # [P, H, K] int16
     segment_slots: torch.Tensor  # [P, S] int32, shared by the layers

@@ -2,7 +2,7 @@
 
 A segment is a run of consecutive tokens of one request. Its keys are clustered by content (k-means
 of the keys without their rotary position); what attention sees of a cluster is the mean of its keys
-as they lie in the KV pool, the mean of its values, its size and one scalar of variance. A decode
+as they lie in the KV pool, the mean of its values, its size and the variance of its keys. A decode
 step scores every cluster, attends exactly to the tokens of the best ones, and lets the centroids
 stand in for the tokens of all the others. Method: Multipole Attention, arXiv 2506.13059; where and
 why this differs from the paper is written in docs/architecture.md.
@@ -13,6 +13,8 @@ natural logs; an lse of -inf means "attended to nothing".
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 
@@ -156,26 +158,68 @@ def cluster_segment(
     return split_oversized(features, centroids, assign(features, centroids), max_cluster_size)
 
 
+class ClusterSummary(NamedTuple):
+    """What attention sees of a segment's clusters; 0 for an empty cluster.
+
+    key_centroids, value_centroids: [*, K, D] float32, means of the clusters' keys and values.
+    cluster_sizes: [*, K] int32, tokens.
+    key_variance: [*, K] float32, of the cluster's keys about their mean, averaged over D.
+    pair_weight: [*, D / 2] float32, how the segment's key variance is spread over the rotary pairs
+        of dimensions (f, f + D / 2); its mean is 1.
+    """
+
+    key_centroids: torch.Tensor
+    value_centroids: torch.Tensor
+    cluster_sizes: torch.Tensor
+    key_variance: torch.Tensor
+    pair_weight: torch.Tensor
+
+
 def summarize_clusters(
     keys: torch.Tensor, values: torch.Tensor, cluster_ids: torch.Tensor, num_clusters: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What attention sees of a segment's clusters.
+) -> ClusterSummary:
+    """Summarize clusters of keys, values [*, T, D] as they lie in the KV pool (keys with RoPE).
 
-    Args:
-        keys, values: [*, T, D], as they lie in the KV pool (keys with RoPE).
-        cluster_ids: [*, T].
-
-    Returns:
-        key_centroids, value_centroids [*, K, D] float32, 0 for an empty cluster;
-        cluster_sizes [*, K] int32; key_variance [*, K] float32, the variance of the cluster's keys
-        about their mean, averaged over the D dimensions.
+    cluster_ids: [*, T]. A rotation by position mixes the two dimensions of a pair, so their
+    variance is one number; how it differs between pairs is alike in all clusters of a segment.
     """
     key_centroids = cluster_means(keys, cluster_ids, num_clusters).nan_to_num(0.0)
     value_centroids = cluster_means(values, cluster_ids, num_clusters).nan_to_num(0.0)
     member_centroid = key_centroids.gather(-2, cluster_ids.unsqueeze(-1).expand(keys.shape))
-    spread = (keys.float() - member_centroid).square().mean(-1, keepdim=True)
-    key_variance = cluster_means(spread, cluster_ids, num_clusters).squeeze(-1).nan_to_num(0.0)
-    return key_centroids, value_centroids, cluster_sizes(cluster_ids, num_clusters), key_variance
+    spread = (keys.float() - member_centroid).square()
+    key_variance = cluster_means(spread.mean(-1, keepdim=True), cluster_ids, num_clusters)
+    pair_spread = spread.mean(-2).unflatten(-1, (2, -1)).mean(-2)
+    pair_weight = pair_spread / pair_spread.mean(-1, keepdim=True)
+    return ClusterSummary(
+        key_centroids,
+        value_centroids,
+        cluster_sizes(cluster_ids, num_clusters),
+        key_variance.squeeze(-1).nan_to_num(0.0),
+        # keys that are all equal have no variance to spread
+        pair_weight.nan_to_num(1.0),
+    )
+
+
+def quantize_centroids(
+    centroids: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Centroids [*, K, D] in 8 bits (int8 or float8_e4m3fn) and their scale [*, K] float32.
+
+    The scale takes a centroid's largest magnitude to the dtype's largest number; centroid =
+    quantized * scale.
+    """
+    is_int8 = dtype == torch.int8
+    largest_number = 127.0 if is_int8 else torch.finfo(dtype).max
+    largest = centroids.abs().amax(-1)
+    scale = torch.where(largest > 0.0, largest / largest_number, 1.0)
+    quantized = centroids / scale.unsqueeze(-1)
+    return (quantized.round() if is_int8 else quantized).to(dtype), scale
+
+
+def dequantize_centroids(quantized: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    """[*, K, D] float32; without a scale they are stored as they are."""
+    centroids = quantized.float()
+    return centroids if scale is None else centroids * scale.unsqueeze(-1)
 
 
 # ---------------------------------------------------------------------------- a decode step
@@ -186,12 +230,25 @@ def centroid_lookup(q: torch.Tensor, key_centroids: torch.Tensor, sm_scale: floa
     return q.float() @ key_centroids.float().mT * sm_scale
 
 
+def logit_variance(
+    q: torch.Tensor, key_variance: torch.Tensor, pair_weight: torch.Tensor, sm_scale: float
+) -> torch.Tensor:
+    """[H, G, K] variance of the logits of each cluster's tokens, for q [H, G, D].
+
+        key_variance * sum over pairs f of pair_weight_f * (q_f^2 + q_{f + D/2}^2) * sm_scale^2
+
+    Args:
+        key_variance: [H, K] float32.
+        pair_weight: [H, K, D / 2] float32, of each cluster's segment.
+    """
+    q_square = (q.float() * sm_scale).square().unflatten(-1, (2, -1)).sum(-2)
+    return q_square @ pair_weight.mT * key_variance.unsqueeze(-2)
+
+
 def tail_logits(
-    q: torch.Tensor,
     scores: torch.Tensor,
     cluster_sizes: torch.Tensor,
-    key_variance: torch.Tensor,
-    sm_scale: float,
+    logit_variance: torch.Tensor,
     max_logit_variance: float,
 ) -> torch.Tensor:
     """[H, G, K] log of the softmax mass a cluster stands for; -inf for an empty cluster.
@@ -199,9 +256,8 @@ def tail_logits(
         log(size) + score + min(variance of its logits, max_logit_variance) / 2
 
     The mean of exp is larger than exp of the mean (Jensen); the last term is the second-order
-    correction, with the variance of the logits taken as |q * sm_scale|^2 * key_variance.
+    correction, which overshoots for a large variance and is therefore cut off.
     """
-    logit_variance = (q.float() * sm_scale).square().sum(-1, keepdim=True) * key_variance[:, None]
     correction = 0.5 * logit_variance.clamp(max=max_logit_variance)
     return scores + correction + cluster_sizes[:, None].float().log()
 
@@ -292,6 +348,7 @@ def multipole_attention(
     value_centroids: torch.Tensor,
     cluster_sizes: torch.Tensor,
     key_variance: torch.Tensor,
+    pair_weight: torch.Tensor,
     token_budget: int,
     sm_scale: float,
     max_logit_variance: float,
@@ -304,6 +361,7 @@ def multipole_attention(
         cluster_ids: [H, T], -1 for a token in no cluster: sinks, recent and not yet clustered.
         key_centroids, value_centroids, cluster_sizes, key_variance: [H, K, ...], all segments'
             clusters in a row, as summarize_clusters gives them.
+        pair_weight: [H, K, D / 2], of each cluster's segment.
         token_budget: tokens per KV head attended exactly beside those in no cluster.
 
     Returns:
@@ -316,7 +374,8 @@ def multipole_attention(
 
     always_out, always_lse = exact_attention(grouped_q, keys, values, in_no_cluster, sm_scale)
     scores = centroid_lookup(grouped_q, key_centroids, sm_scale)
-    tail = tail_logits(grouped_q, scores, cluster_sizes, key_variance, sm_scale, max_logit_variance)
+    variance = logit_variance(grouped_q, key_variance, pair_weight, sm_scale)
+    tail = tail_logits(scores, cluster_sizes, variance, max_logit_variance)
     selected = cluster_selection(scores, tail, always_lse, cluster_sizes, token_budget)
     if selected.shape[-1] == 0:
         in_selected = torch.zeros_like(in_no_cluster)

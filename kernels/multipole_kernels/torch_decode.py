@@ -84,15 +84,18 @@ def _decode_row(
     states = [reference.exact_attention(grouped_q, keys, values, everything, sm_scale)]
     selected_slots = [exact_slots[:0]] * num_kv_heads
     if len(places):
-        # [H, items * K, ...]
-        key_centroids = layer.key_centroids[places].transpose(0, 1).flatten(1, 2)
-        value_centroids = layer.value_centroids[places].transpose(0, 1).flatten(1, 2)
-        sizes = layer.cluster_sizes[places].transpose(0, 1).flatten(1, 2)
-        variance = layer.key_variance[places].transpose(0, 1).flatten(1, 2)
+        key_centroids = _clusters(layer.key_centroids, places, layer.key_scale)
+        value_centroids = _clusters(layer.value_centroids, places, layer.value_scale)
+        sizes = _clusters(layer.cluster_sizes, places)
         scores = reference.centroid_lookup(grouped_q, key_centroids, sm_scale)
-        tail = reference.tail_logits(
-            grouped_q, scores, sizes, variance, sm_scale, max_logit_variance
+        pair_weight = layer.pair_weight.unsqueeze(2).expand(*layer.key_variance.shape, -1)
+        variance = reference.logit_variance(
+            grouped_q,
+            _clusters(layer.key_variance, places),
+            _clusters(pair_weight, places),
+            sm_scale,
         )
+        tail = reference.tail_logits(scores, sizes, variance, max_logit_variance)
         selected = reference.cluster_selection(
             scores, tail, states[0][1], sizes.int(), token_budget
         )
@@ -118,6 +121,16 @@ def _decode_row(
         torch.stack([lse for _, lse in states], -1),
     )
     return out.reshape(q.shape), selected_slots
+
+
+def _clusters(
+    of_places: torch.Tensor, places: torch.Tensor, scale: torch.Tensor | None = None
+) -> torch.Tensor:
+    """[H, items * K, ...] the places' clusters in a row; float32 if there is a scale."""
+    rows = of_places[places].transpose(0, 1).flatten(1, 2)
+    if scale is None:
+        return rows
+    return reference.dequantize_centroids(rows, _clusters(scale, places))
 
 
 def _member_slots(
