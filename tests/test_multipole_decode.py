@@ -90,7 +90,8 @@ def test_a_budget_above_the_context_is_dense_attention():
     out = run(case)
     arguments = reference_inputs(case, 0, torch.float32)
     arguments["cluster_ids"].fill_(-1)  # in no cluster: every token attended exactly
-    for name in ("key_centroids", "value_centroids", "cluster_sizes", "key_variance"):
+    of_clusters = ("key_centroids", "value_centroids", "cluster_sizes", "key_variance")
+    for name in (*of_clusters, "pair_weight"):
         arguments[name] = arguments[name][:, :0]
     truth, _, _ = reference.multipole_attention(**arguments)
     arguments |= {name: arguments[name].to(case.q.dtype) for name in ("q", "keys", "values")}

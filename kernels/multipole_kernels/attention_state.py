@@ -43,13 +43,13 @@ def raised_max(max_log2, logits_log2):
 
 
 @triton.jit
-def tail_above_score(q_square, variance, sizes, max_logit_variance):
+def tail_above_score(logit_variance, sizes, max_logit_variance):
     """[M, K] what a cluster's base-2 tail logit adds to its score; -inf for an empty cluster.
 
-    q_square [M] is |q * sm_scale|^2; variance and sizes [K] are the clusters'.
+    logit_variance [M, K] in nats squared; sizes [K] in tokens.
     """
-    logit_variance = tl.minimum(q_square[:, None] * variance[None, :], max_logit_variance)
-    return 0.5 * LOG2_E * logit_variance + tl.log2(sizes.to(tl.float32))[None, :]
+    capped = tl.minimum(logit_variance, max_logit_variance)
+    return 0.5 * LOG2_E * capped + tl.log2(sizes.to(tl.float32))[None, :]
 
 
 @triton.jit

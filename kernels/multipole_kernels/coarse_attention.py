@@ -3,7 +3,8 @@
 For each item (a usable segment of a row) and KV head, in one pass over both centroids:
 
     score = q . key_centroid * sm_scale
-    tail  = score + min(|q * sm_scale|^2 * key_variance, max_logit_variance) / 2 + log(size)
+    spread = sum over f of pair_weight_f * (q_f^2 + q_(f + D/2)^2) * sm_scale^2, of the segment
+    tail  = score + min(spread * key_variance, max_logit_variance) / 2 + log(size)
     state += exp(tail) * value_centroid                      (reference.centroid_attention)
 
 The selection that follows needs the full denominator, which this pass alone can give; it therefore
@@ -43,6 +44,7 @@ def _coarse_attention_kernel(
     value_scale_ptr,
     cluster_sizes_ptr,  # [P, NUM_KV_HEADS, CLUSTERS] int16
     key_variance_ptr,  # [P, NUM_KV_HEADS, CLUSTERS] fp32
+    pair_weight_ptr,  # [P, NUM_KV_HEADS, HEAD_DIM / 2] fp32
     item_place_ptr,  # [max_items]
     exact_slots_ptr,  # [max_exact]
     chunk_row_ptr,  # [max_chunks]
@@ -52,6 +54,7 @@ def _coarse_attention_kernel(
     chunk_indptr_ptr,  # [num_rows + 1]
     cluster_weight_ptr,  # [max_items, NUM_KV_HEADS, GROUP, CLUSTERS] fp16
     weight_shift_ptr,  # [max_items, NUM_KV_HEADS, GROUP] fp32
+    logit_spread_ptr,  # [max_items, NUM_KV_HEADS, GROUP] fp32
     part_max_ptr,  # [max_chunks, NUM_KV_HEADS, GROUP] fp32
     part_sum_ptr,
     part_acc_ptr,  # [max_chunks, NUM_KV_HEADS, GROUP, HEAD_DIM] fp32
@@ -130,16 +133,21 @@ def _coarse_attention_kernel(
         acc = tl.zeros([BLOCK_GROUP, BLOCK_WORDS], tl.float32)
         # summed over the clusters' places in the end, not in every item
         weight_sums = tl.zeros([BLOCK_GROUP, CLUSTERS], tl.float32)
-        # [BLOCK_GROUP] variance of the logits per unit of key variance
-        q_square = tl.sum(q.to(tl.float32) * q.to(tl.float32), 1) * sm_scale * sm_scale
+        # [BLOCK_GROUP, BLOCK_D / 2] squares of the pairs of dimensions f and f + HEAD_DIM / 2
+        HALF: tl.constexpr = HEAD_DIM // 2
+        offs_pair = tl.arange(0, BLOCK_D // 2)
+        mask_pair = offs_pair < HALF
+        pair_ptr = q_ptr + offs_group[:, None] * HEAD_DIM + offs_pair[None, :]
+        mask_q_pair = mask_group[:, None] & mask_pair[None, :]
+        q_first = tl.load(pair_ptr, mask=mask_q_pair, other=0.0).to(tl.float32) * sm_scale
+        q_second = tl.load(pair_ptr + HALF, mask=mask_q_pair, other=0.0).to(tl.float32) * sm_scale
+        q_square = q_first * q_first + q_second * q_second
         if EIGHT_BITS:
             q_high = _load_heads(q_ptr, 1, PER_WORD, GROUP, WORDS, BLOCK_GROUP, BLOCK_WORDS)
             acc_high = tl.zeros([BLOCK_GROUP, BLOCK_WORDS], tl.float32)
-            q_high_float = q_high.to(tl.float32)
-            q_square += tl.sum(q_high_float * q_high_float, 1) * sm_scale * sm_scale
             # 8-bit numbers are exact in float16, and so is all of q that matters
             q_low16 = q.to(tl.float32).to(tl.float16)
-            q_high16 = q_high_float.to(tl.float16)
+            q_high16 = q_high.to(tl.float32).to(tl.float16)
 
         # the small tensors of an item are loaded while the one before it is computed: two places
         # ahead, because their addresses need the place
@@ -148,6 +156,8 @@ def _coarse_attention_kernel(
         cluster = (place * NUM_KV_HEADS + head) * CLUSTERS + offs_cluster
         sizes = tl.load(cluster_sizes_ptr + cluster)
         variance = tl.load(key_variance_ptr + cluster)
+        pair = (place * NUM_KV_HEADS + head) * HALF + offs_pair
+        pair_weight = tl.load(pair_weight_ptr + pair, mask=mask_pair, other=0.0)
         if EIGHT_BITS:
             key_scale = tl.load(key_scale_ptr + cluster)
             value_scale = tl.load(value_scale_ptr + cluster)
@@ -161,6 +171,8 @@ def _coarse_attention_kernel(
             cluster = (next_place * NUM_KV_HEADS + head) * CLUSTERS + offs_cluster
             next_sizes = tl.load(cluster_sizes_ptr + cluster)
             next_variance = tl.load(key_variance_ptr + cluster)
+            pair = (next_place * NUM_KV_HEADS + head) * HALF + offs_pair
+            next_pair_weight = tl.load(pair_weight_ptr + pair, mask=mask_pair, other=0.0)
             next_place = tl.load(item_place_ptr + tl.minimum(item + 2, end - 1)).to(tl.int64)
 
             # [BLOCK_GROUP, CLUSTERS]
@@ -178,14 +190,17 @@ def _coarse_attention_kernel(
             shift = finite_or_zero(tl.max(scores, 1))
             cluster_weight = tl.exp2(scores - shift[:, None]).to(tl.float16)
             offs_item = (item * NUM_KV_HEADS + head) * GROUP + offs_group.to(tl.int64)
+            spread = tl.sum(q_square * pair_weight[None, :], 1)
             tl.store(weight_shift_ptr + offs_item, shift, mask=mask_group)
+            tl.store(logit_spread_ptr + offs_item, spread, mask=mask_group)
             tl.store(
                 cluster_weight_ptr + offs_item[:, None] * CLUSTERS + offs_cluster[None, :],
                 cluster_weight,
                 mask=mask_group[:, None],
             )
 
-            above_score = tail_above_score(q_square, variance, sizes, max_logit_variance)
+            logit_variance = spread[:, None] * variance[None, :]
+            above_score = tail_above_score(logit_variance, sizes, max_logit_variance)
             new_max = tl.maximum(max_log2, tl.ceil(shift + tail_bound))
             tail_shift = finite_or_zero(new_max)
             # from the rounded weight: what is taken out later is what is put in here
@@ -208,6 +223,7 @@ def _coarse_attention_kernel(
                 acc = acc * rescale[:, None] + dot(weight.to(values.dtype), values)
             sizes = next_sizes
             variance = next_variance
+            pair_weight = next_pair_weight
         weight_sum = tl.sum(weight_sums, 1)
         _store_heads(part_acc_ptr, acc, 0, PER_WORD, GROUP, WORDS, BLOCK_GROUP, BLOCK_WORDS)
         if EIGHT_BITS:
@@ -313,6 +329,7 @@ def coarse_attention(
         value_scale_ptr=pool_layer.value_scale,
         cluster_sizes_ptr=pool_layer.cluster_sizes,
         key_variance_ptr=pool_layer.key_variance,
+        pair_weight_ptr=pool_layer.pair_weight,
         item_place_ptr=plan.item_place,
         exact_slots_ptr=plan.exact_slots,
         chunk_row_ptr=workspace.chunk_row,
@@ -322,6 +339,7 @@ def coarse_attention(
         chunk_indptr_ptr=workspace.chunk_indptr,
         cluster_weight_ptr=workspace.cluster_weight,
         weight_shift_ptr=workspace.weight_shift_log2,
+        logit_spread_ptr=workspace.logit_spread,
         part_max_ptr=workspace.part_max_log2,
         part_sum_ptr=workspace.part_sum,
         part_acc_ptr=workspace.part_acc,

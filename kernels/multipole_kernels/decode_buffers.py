@@ -60,8 +60,8 @@ class DecodeWorkspace:
         num_kv_heads: int,
         gqa_group_size: int,
         head_dim: int,
-        clusters_per_segment: int = 64,
-        max_cluster_size: int = 64,
+        clusters_per_segment: int = 128,
+        max_cluster_size: int = 128,
         device: torch.device | str = "cuda",
         config: LaunchConfig | None = None,
     ) -> None:
@@ -113,6 +113,8 @@ class DecodeWorkspace:
         # exp(score - weight_shift) of each cluster, weight_shift the segment's largest score
         self.cluster_weight = new(max_items, *heads, clusters_per_segment, dtype=torch.float16)
         self.weight_shift_log2 = new(max_items, *heads)
+        # variance of a query's logits per unit of key variance, by segment
+        self.logit_spread = new(max_items, *heads)
         self.part_max_log2 = new(max_chunks, *heads)
         self.part_sum = new(max_chunks, *heads)
         self.part_acc = new(max_chunks, *heads, head_dim)

@@ -38,6 +38,7 @@ def _exact_attention_kernel(
     exact_indptr_ptr,  # [num_rows + 1]
     cluster_weight_ptr,  # [max_items, NUM_KV_HEADS, GROUP, CLUSTERS] fp16
     weight_shift_ptr,
+    logit_spread_ptr,
     selected_clusters_ptr,  # [num_rows, NUM_KV_HEADS, cluster_capacity]
     selected_slots_ptr,  # [num_rows, NUM_KV_HEADS, slot_capacity]
     num_selected_clusters_ptr,  # [num_rows, NUM_KV_HEADS]
@@ -144,7 +145,6 @@ def _exact_attention_kernel(
                 max_log2,
                 weight_sum,
                 acc,
-                tl.sum(q.to(tl.float32) * q.to(tl.float32), 1) * sm_scale * sm_scale,
                 selected_clusters_ptr + row_head * cluster_capacity,
                 out_split * clusters_per_split,
                 tl.minimum((out_split + 1) * clusters_per_split, num_clusters),
@@ -157,6 +157,7 @@ def _exact_attention_kernel(
                 key_variance_ptr,
                 cluster_weight_ptr,
                 weight_shift_ptr,
+                logit_spread_ptr,
                 max_logit_variance,
                 tail_bound,
                 NUM_KV_HEADS,
@@ -273,6 +274,7 @@ def exact_attention(
         exact_indptr_ptr=plan.exact_indptr,
         cluster_weight_ptr=workspace.cluster_weight,
         weight_shift_ptr=workspace.weight_shift_log2,
+        logit_spread_ptr=workspace.logit_spread,
         selected_clusters_ptr=workspace.selected_clusters,
         selected_slots_ptr=workspace.selected_slots,
         num_selected_clusters_ptr=workspace.num_selected_clusters,

@@ -17,7 +17,6 @@ def take_out_clusters(
     max_log2,  # [BLOCK_GROUP]
     weight_sum,
     acc,  # [BLOCK_GROUP, BLOCK_D]
-    q_square,  # [BLOCK_GROUP]
     clusters_ptr,
     begin,
     end,
@@ -30,6 +29,7 @@ def take_out_clusters(
     key_variance_ptr,
     cluster_weight_ptr,
     weight_shift_ptr,
+    logit_spread_ptr,
     max_logit_variance,
     tail_bound,
     NUM_KV_HEADS: tl.constexpr,
@@ -60,12 +60,13 @@ def take_out_clusters(
         item_head = (item.to(tl.int64) * NUM_KV_HEADS + head)[None, :] * GROUP + offs_group[:, None]
         mask_weight = mask[None, :] & (offs_group < GROUP)[:, None]
         shift = tl.load(weight_shift_ptr + item_head, mask=mask_weight, other=float("-inf"))
+        spread = tl.load(logit_spread_ptr + item_head, mask=mask_weight, other=0.0)
         weight = tl.load(
             cluster_weight_ptr + item_head * CLUSTERS + (cluster % CLUSTERS)[None, :],
             mask=mask_weight,
             other=0.0,
         ).to(tl.float32)
-        above_score = tail_above_score(q_square, variance, sizes, max_logit_variance)
+        above_score = tail_above_score(spread * variance[None, :], sizes, max_logit_variance)
         new_max = tl.maximum(max_log2, tl.ceil(tl.max(shift, 1) + tail_bound))
         new_shift = finite_or_zero(new_max)
         # as coarse attention weighed it
