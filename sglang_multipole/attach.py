@@ -119,6 +119,8 @@ def _watch(allocator: Any, runtime: MultipoleRuntime) -> None:
 
     @functools.wraps(clear)
     def clear_both() -> None:
+        if runtime.config.check_integrity:
+            runtime.check_integrity()
         clear()
         runtime.clear()
 

@@ -111,9 +111,16 @@ class MultipoleConfig:
         "for it: answers do not depend on load",
         "",
     )
+    check_integrity: bool = _key(
+        False,
+        "at every flush of the cache, compare the cluster pool with its invariants and stop the "
+        "server if one is broken; for tests, it takes seconds",
+        "",
+    )
     dense_backend: str = _choice(
         "auto",
-        "SGLang's attention backend for prefill and for rows below min_context",
+        "SGLang's attention backend for prefill and for batches without clusters; tested on GPUs: "
+        "flashinfer and triton",
         "auto",
         "flashinfer",
         "triton",

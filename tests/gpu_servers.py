@@ -1,0 +1,112 @@
+"""What tests of servers on a GPU share: starting several, asking, and comparing greedy answers."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from sglang_multipole.local_server import LocalServer
+
+# small servers that share one card; two runs of cuBLAS on other sizes give other roundings
+FLAGS = (
+    "--mem-fraction-static=0.8",
+    "--max-total-tokens=80000",
+    "--cuda-graph-max-bs-decode=32",
+    "--disable-prefill-cuda-graph",
+    "--grammar-backend=none",
+    "--sampling-backend=pytorch",
+    "--random-seed=1",
+)
+MIN_CONTEXT = 1024
+CONFIG = {
+    "token_budget": 256,
+    "min_context": MIN_CONTEXT,
+    "strict_activation": True,
+    "check_integrity": True,
+}
+# two logits of a tie differ by a step or two of the 16-bit logits, which are 0.125 apart at 16
+TIE_NATS = 0.3
+
+
+def multipole(**changes: Any) -> list[str]:
+    return ["--enable-multipole", "--multipole-config=" + json.dumps(CONFIG | changes)]
+
+
+@contextlib.contextmanager
+def running(
+    model: Path, flag_lists: Sequence[Sequence[str]], environment: dict[str, str] | None = None
+) -> Iterator[list[LocalServer]]:
+    """Servers with these flags, started side by side; each log goes into MULTIPOLE_TEST_LOGS."""
+    folder = Path(os.environ.get("MULTIPOLE_TEST_LOGS") or tempfile.mkdtemp())
+    with contextlib.ExitStack() as stack, contextlib.ExitStack() as starting:
+        for name, value in (environment or {}).items():
+            starting.callback(os.environ.pop, name, None)
+            os.environ[name] = value
+        servers = []
+        for flags in flag_lists:
+            number = len(list(folder.glob("*.log")))
+            log = folder / f"{os.getpid()}-{number}.log"
+            log.touch()
+            servers.append(LocalServer(model, [*FLAGS, *flags], log))
+        with ThreadPoolExecutor(len(servers)) as pool:
+            yield list(pool.map(stack.enter_context, servers))
+
+
+def ask(server: LocalServer, prompt: str | list[int], num_tokens: int = 48) -> dict[str, Any]:
+    """A greedy answer with the two likeliest tokens of each step."""
+    key = "text" if isinstance(prompt, str) else "input_ids"
+    return server.post(
+        "/generate",
+        {
+            key: prompt,
+            "sampling_params": {"temperature": 0, "max_new_tokens": num_tokens, "ignore_eos": True},
+            "return_logprob": True,
+            "top_logprobs_num": 2,
+            "logprob_start_len": -1,
+        },
+    )
+
+
+def ask_together(
+    server: LocalServer, prompts: Sequence[str | list[int]], num_tokens: int = 48
+) -> list[dict[str, Any]]:
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        return list(pool.map(lambda prompt: ask(server, prompt, num_tokens), prompts))
+
+
+def assert_equal_up_to_ties(answer: dict[str, Any], expected: dict[str, Any]) -> bool:
+    """Whether the tokens are the same; where they first differ, the expected were a tie."""
+    pairs = zip(answer["output_ids"], expected["output_ids"], strict=True)
+    for index, (token, other) in enumerate(pairs):
+        if token != other:
+            top = expected["meta_info"]["output_top_logprobs"][index]
+            gap = top[0][0] - top[1][0]
+            assert token == top[1][1], f"token {index} is neither of the two likeliest: {top}"
+            assert gap <= TIE_NATS, f"token {index} differs, and was {gap:.3f} nats ahead"
+            return False
+    return True
+
+
+def activity(answer: dict[str, Any]) -> dict[str, int]:
+    return answer["meta_info"]["multipole"]
+
+
+def report(server: LocalServer) -> dict[str, Any]:
+    return json.loads(server.get("/server_info"))["internal_states"][0]["multipole"]
+
+
+def flush(server: LocalServer) -> None:
+    """Empty both pools; the server compares the cluster pool with its invariants before."""
+    import urllib.request
+
+    request = urllib.request.Request(f"{server.base_url}/flush_cache?timeout=30", method="POST")
+    with urllib.request.urlopen(request, timeout=60) as response:
+        assert response.status == 200
+    pool = report(server)["pool"]
+    assert pool["free"] == pool["places"]
