@@ -12,7 +12,9 @@ from collections.abc import Sequence
 
 import torch
 
+from multipole_kernels import reference
 from multipole_kernels.decode_buffers import PoolLayer
+from multipole_kernels.reference import ClusterSummary
 from sglang_multipole.config import MultipoleConfig
 
 
@@ -32,13 +34,29 @@ class PoolShape:
     device: torch.device | str
 
 
+_EIGHT_BITS = {"int8": torch.int8, "fp8_e4m3": torch.float8_e4m3fn}
+
+
+def centroid_dtype(config: MultipoleConfig, kv_dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which centroids of a KV pool of kv_dtype are stored."""
+    return _EIGHT_BITS.get(config.centroid_dtype, kv_dtype)
+
+
 def place_bytes(
-    config: MultipoleConfig, num_layers: int, num_kv_heads: int, head_dim: int, element_size: int
+    config: MultipoleConfig,
+    num_layers: int,
+    num_kv_heads: int,
+    head_dim: int,
+    kv_dtype: torch.dtype,
 ) -> int:
     """Bytes of one place (one segment, all layers and KV heads of this rank)."""
     num_clusters, size = config.clusters_per_segment, config.segment_size
-    per_cluster = 2 * head_dim * element_size + 2 + 4 + 2  # centroids, size, variance, begin
-    return num_layers * num_kv_heads * (num_clusters * per_cluster + 2 * size) + 8 * size + 12
+    dtype = centroid_dtype(config, kv_dtype)
+    per_cluster = 2 * head_dim * dtype.itemsize + 2 + 4 + 2  # centroids, size, variance, begin
+    if dtype in _EIGHT_BITS.values():
+        per_cluster += 2 * 4  # scales
+    per_head = num_clusters * per_cluster + 4 * (head_dim // 2) + 2 * size  # pair weight, members
+    return num_layers * num_kv_heads * per_head + 8 * size + 12
 
 
 class ClusterPool:
@@ -52,10 +70,17 @@ class ClusterPool:
         def zeros(*dims: int, dtype: torch.dtype) -> torch.Tensor:
             return torch.zeros(*dims, dtype=dtype, device=shape.device)
 
-        self.key_centroids = zeros(*per_head, clusters, shape.head_dim, dtype=shape.dtype)
-        self.value_centroids = zeros(*per_head, clusters, shape.head_dim, dtype=shape.dtype)
+        dtype = centroid_dtype(config, shape.dtype)
+        self.key_centroids = zeros(*per_head, clusters, shape.head_dim, dtype=dtype)
+        self.value_centroids = zeros(*per_head, clusters, shape.head_dim, dtype=dtype)
+        self.key_scale: torch.Tensor | None = None
+        self.value_scale: torch.Tensor | None = None
+        if dtype in _EIGHT_BITS.values():
+            self.key_scale = zeros(*per_head, clusters, dtype=torch.float32)
+            self.value_scale = zeros(*per_head, clusters, dtype=torch.float32)
         self.cluster_sizes = zeros(*per_head, clusters, dtype=torch.int16)
         self.key_variance = zeros(*per_head, clusters, dtype=torch.float32)
+        self.pair_weight = zeros(*per_head, shape.head_dim // 2, dtype=torch.float32)
         self.members = zeros(*per_head, size, dtype=torch.int16)
         self.member_begin = zeros(*per_head, clusters, dtype=torch.int16)
 
@@ -93,10 +118,43 @@ class ClusterPool:
             value_centroids=self.value_centroids[index],
             cluster_sizes=self.cluster_sizes[index],
             key_variance=self.key_variance[index],
+            pair_weight=self.pair_weight[index],
             members=self.members[index],
             member_begin=self.member_begin[index],
             segment_slots=self.segment_slots,
+            key_scale=None if self.key_scale is None else self.key_scale[index],
+            value_scale=None if self.value_scale is None else self.value_scale[index],
         )
+
+    def store(
+        self,
+        layers: slice,
+        places: torch.Tensor,
+        summary: ClusterSummary,
+        members: torch.Tensor,
+    ) -> None:
+        """Write the payload of places [M] in some layers; nothing finds it before register.
+
+        Args:
+            summary: of K' <= K clusters; its leading dimensions are [layers, M, H].
+            members: [layers, M, H, T] offsets in the segment, sorted by cluster.
+        """
+        sizes = summary.cluster_sizes
+        used = slice(0, sizes.shape[-1])
+        self.cluster_sizes[layers, places] = 0
+        self.cluster_sizes[layers, places, :, used] = sizes.short()
+        self.member_begin[layers, places, :, used] = (sizes.cumsum(-1) - sizes).short()
+        self.members[layers, places, :, : members.shape[-1]] = members.short()
+        self.key_variance[layers, places, :, used] = summary.key_variance
+        self.pair_weight[layers, places] = summary.pair_weight
+        for pool, scales, centroids in (
+            (self.key_centroids, self.key_scale, summary.key_centroids),
+            (self.value_centroids, self.value_scale, summary.value_centroids),
+        ):
+            if scales is not None:
+                centroids, scale = reference.quantize_centroids(centroids, pool.dtype)
+                scales[layers, places, :, used] = scale
+            pool[layers, places, :, used] = centroids.to(pool.dtype)
 
     def matches(
         self, places: torch.Tensor, slots: torch.Tensor, extent: torch.Tensor
@@ -182,6 +240,7 @@ class ClusterPool:
             expected = torch.arange(extent - first, extent, device=members.device)
             if (members != expected).any():
                 raise RuntimeError(f"ClusterPool: place {place} misses or repeats a member")
-        for name in ("key_centroids", "value_centroids", "key_variance"):
+        stored = ("key_centroids", "value_centroids", "key_variance", "pair_weight")
+        for name in stored:
             if not getattr(self, name).float().isfinite().all():
                 raise RuntimeError(f"ClusterPool: {name} holds a value that is not finite")

@@ -67,7 +67,7 @@ class MultipoleConfig:
     )
     tokens_per_cluster: int = _key(16, "mean cluster size", "tokens", 2, 256)
     segment_size: int = _key(
-        1024, "tokens clustered together; a multiple of recluster_interval", "tokens", 128, 16384
+        2048, "tokens clustered together; a multiple of recluster_interval", "tokens", 128, 16384
     )
     recluster_interval: int = _key(
         128,
@@ -80,15 +80,22 @@ class MultipoleConfig:
     num_sink_tokens: int = _key(10, "first tokens, always exact", "tokens", 0, 128)
     num_lloyd_iters: int = _key(4, "Lloyd iterations of a clustering", "iterations", 0, 64)
     max_cluster_size_ratio: int = _key(
-        4, "largest cluster, in multiples of tokens_per_cluster", "ratio", 2, 64
+        8, "largest cluster, in multiples of tokens_per_cluster", "ratio", 2, 64
     )
     max_logit_variance: float = _key(
-        1.0,
+        2.0,
         "cap of a cluster's logit variance in the second-order weight of its centroid; "
         "0 switches the correction off",
         "nats squared",
         0,
         16,
+    )
+    centroid_dtype: str = _choice(
+        "int8",
+        "how centroids are stored: in 8 bits with a scale each, or in the KV pool's dtype (auto)",
+        "int8",
+        "fp8_e4m3",
+        "auto",
     )
     max_builds_per_step: int = _key(
         256,
@@ -100,7 +107,7 @@ class MultipoleConfig:
     pool_headroom: int = _key(
         0,
         "places of the cluster pool beyond one per segment of the KV pool, for open segments; "
-        "0 chooses a sixteenth as many and 8",
+        "0 chooses a sixteenth as many, at least 8",
         "segments",
         0,
         1 << 20,
@@ -181,11 +188,10 @@ class MultipoleConfig:
                 f"recluster_interval ({self.recluster_interval} tokens) must be a multiple of "
                 f"tokens_per_cluster ({self.tokens_per_cluster} tokens)"
             )
-        if self.num_sink_tokens + self.max_cluster_size > self.recluster_interval:
+        if self.num_sink_tokens >= self.recluster_interval:
             raise ConfigError(
-                f"num_sink_tokens ({self.num_sink_tokens}) and the largest cluster "
-                f"({self.max_cluster_size} tokens: tokens_per_cluster * max_cluster_size_ratio) "
-                f"must fit into recluster_interval ({self.recluster_interval} tokens)"
+                f"num_sink_tokens ({self.num_sink_tokens} tokens) must be less than "
+                f"recluster_interval ({self.recluster_interval} tokens)"
             )
 
     @property

@@ -201,10 +201,9 @@ def _events(config: Any) -> Finding:
 def _memory(config: Any, model: Any, max_total_tokens: int | None) -> Finding:
     from sglang_multipole import memory
 
-    element_size = model.dtype.itemsize
-    kv_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_dim * element_size
+    kv_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_dim * model.dtype.itemsize
     pool_bytes = memory.bytes_of_shape(
-        config, model.num_layers, model.num_kv_heads, model.head_dim, element_size
+        config, model.num_layers, model.num_kv_heads, model.head_dim, model.dtype
     )
     detail = (
         f"{pool_bytes} bytes a token of KV cache, beside its {kv_bytes} "

@@ -11,8 +11,8 @@ import torch
 from multipole_kernels import reference
 from sglang_multipole.cluster_pool import ClusterPool
 
-# (layer, segment) pairs clustered in one go; at 8 KV heads of 128 a pair takes 25 MB of scratch
-_MAX_PAIRS = 48
+# most scratch of a clustering, in bytes
+_MAX_SCRATCH = 1 << 30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,10 +101,17 @@ class SegmentBuilder:
         def shape(order: BuildOrder) -> tuple[int, bool]:
             return order.extent, order.segment == 0
 
-        for _, group in itertools.groupby(sorted(orders, key=shape), key=shape):
-            group = list(group)
-            for begin in range(0, len(group), _MAX_PAIRS):
-                yield group[begin : begin + _MAX_PAIRS]
+        for (extent, _), group in itertools.groupby(sorted(orders, key=shape), key=shape):
+            alike, at_once = list(group), self._max_pairs(extent)
+            for begin in range(0, len(alike), at_once):
+                yield alike[begin : begin + at_once]
+
+    def _max_pairs(self, num_tokens: int) -> int:
+        """How many (layer, segment) pairs of num_tokens are clustered in one go."""
+        shape, config = self.pool.shape, self.pool.config
+        # float32 copies of keys and values, and distances, alive at a time
+        columns = 5 * shape.head_dim + 2 * config.clusters_per_segment
+        return max(_MAX_SCRATCH // (4 * shape.num_kv_heads * num_tokens * columns), 1)
 
     def _build(self, orders: list[BuildOrder]) -> None:
         pool, config = self.pool, self.pool.config
@@ -115,7 +122,7 @@ class SegmentBuilder:
         num_sinks = config.num_sink_tokens if orders[0].segment == 0 else 0
         offset = torch.arange(num_sinks, orders[0].extent, device=device)
         positions = segments.unsqueeze(-1) * config.segment_size + offset
-        layers_at_once = max(_MAX_PAIRS // len(orders), 1)
+        layers_at_once = max(self._max_pairs(orders[0].extent) // len(orders), 1)
         for begin in range(0, len(self.layers), layers_at_once):
             layers = range(begin, min(begin + layers_at_once, len(self.layers)))
             self._build_layers(layers, slots[:, num_sinks:], positions, places, segments, num_sinks)
@@ -145,18 +152,9 @@ class SegmentBuilder:
             config.num_lloyd_iters,
             segments.unsqueeze(-1),  # [M, 1] against [layers, M, H]
         )
-        key_centroids, value_centroids, sizes, variance = reference.summarize_clusters(
-            keys, values, cluster_ids, num_clusters
-        )
         members = cluster_ids.argsort(dim=-1, stable=True) + num_sinks
-        part, used = slice(layers.start, layers.stop), slice(0, num_clusters)
-        pool.cluster_sizes[part, places] = 0
-        pool.cluster_sizes[part, places, :, used] = sizes.short()
-        pool.key_centroids[part, places, :, used] = key_centroids.to(pool.shape.dtype)
-        pool.value_centroids[part, places, :, used] = value_centroids.to(pool.shape.dtype)
-        pool.key_variance[part, places, :, used] = variance
-        pool.member_begin[part, places, :, used] = (sizes.cumsum(-1) - sizes).short()
-        pool.members[part, places, :, :num_tokens] = members.short()
+        summary = reference.summarize_clusters(keys, values, cluster_ids, num_clusters)
+        pool.store(slice(layers.start, layers.stop), places, summary, members)
 
     def _features(self, layers: range, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """What is clustered: the keys without their rotary position, [layers, M, H, T, D]."""

@@ -36,6 +36,7 @@ def small_config(**changes: object) -> MultipoleConfig:
             "recluster_interval": 16,
             "tokens_per_cluster": 4,
             "max_cluster_size_ratio": 3,
+            "centroid_dtype": "auto",
             "num_sink_tokens": 3,
             "min_context": 40,
             "token_budget": 12,

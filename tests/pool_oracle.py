@@ -29,9 +29,10 @@ class Payload:
         self.cluster_ids = reference.cluster_segment(
             features, num_clusters, config.max_cluster_size, config.num_lloyd_iters, segment
         )
-        self.key_centroids, self.value_centroids, self.sizes, self.variance = (
-            reference.summarize_clusters(keys, values, self.cluster_ids, num_clusters)
-        )
+        summary = reference.summarize_clusters(keys, values, self.cluster_ids, num_clusters)
+        self.key_centroids, self.value_centroids, self.sizes, self.variance, pair_weight = summary
+        self.segment_pair_weight = pair_weight
+        self.pair_weight = pair_weight.unsqueeze(1).expand(-1, num_clusters, -1)
         self.key_sum = keys.sum(1).numpy()
 
 
@@ -211,6 +212,8 @@ class Oracle:
             torch.testing.assert_close(actual, getattr(expected, name), msg=what)
         actual = pool.key_variance[0, place, :, :count]
         torch.testing.assert_close(actual, expected.variance, msg=what)
+        actual = pool.pair_weight[0, place]
+        torch.testing.assert_close(actual, expected.segment_pair_weight, msg=what)
         members = expected.cluster_ids.argsort(dim=-1, stable=True) + sinks
         assert torch.equal(pool.members[0, place, :, : members.shape[1]].long(), members), what
         begins = expected.sizes.cumsum(-1) - expected.sizes
@@ -251,6 +254,7 @@ class Oracle:
                 ("value_centroids", empty),
                 ("sizes", torch.zeros(HEADS, 0, dtype=torch.int32)),
                 ("variance", torch.zeros(HEADS, 0)),
+                ("pair_weight", torch.zeros(HEADS, 0, DIM // 2)),
             )
         ]
         keys, values = self.host.key_table[index], self.host.value_table[index]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from sglang_multipole.activity import Activity
@@ -137,6 +138,19 @@ def test_a_budget_just_short_of_all_tokens_is_nearly_dense():
     out, dense = host.step(), host.dense()
     assert host.activities["a"].sparse_steps == 1
     assert (out - dense).norm() / dense.norm() < 0.15
+
+
+@pytest.mark.parametrize("dtype", ["int8", "fp8_e4m3"])
+def test_centroids_in_8_bits_change_the_answer_by_their_rounding_only(dtype):
+    outs = []
+    for centroid_dtype in (dtype, "auto"):
+        changes = {"centroid_dtype": centroid_dtype, "token_budget": 200}
+        host = Host(MultipoleConfig.from_dict(SMALL.to_dict() | changes))
+        host.add("a", 1, 700)
+        outs.append(host.step())
+    assert host.runtime.pool.key_scale is None
+    error = (outs[0] - outs[1]).norm() / outs[1].norm()
+    assert 0 < error < (0.02 if dtype == "int8" else 0.08)
 
 
 def test_a_ragged_batch_equals_its_rows_one_by_one():

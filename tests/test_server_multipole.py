@@ -21,7 +21,14 @@ MIN_CONTEXT = 640
 SPARSE = (
     "--enable-multipole",
     "--multipole-config="
-    + json.dumps({"token_budget": 128, "min_context": MIN_CONTEXT, "strict_activation": True}),
+    + json.dumps(
+        {
+            "token_budget": 128,
+            "min_context": MIN_CONTEXT,
+            "segment_size": 1024,
+            "strict_activation": True,
+        }
+    ),
     "--chunked-prefill-size=512",
 )
 # about four characters a token
@@ -179,7 +186,7 @@ def full_budget(get_server: GetServer, tmp_path_factory: pytest.TempPathFactory)
     path = tmp_path_factory.getbasetemp() / "multipole.yaml"
     path.write_text(
         "decode-attention-backend: multipole\n"
-        'multipole-config: \'{"token_budget": 100000, "min_context": 64}\'\n'
+        'multipole-config: \'{"token_budget": 100000, "min_context": 64, "segment_size": 1024}\'\n'
     )
     return get_server("--config", str(path))
 

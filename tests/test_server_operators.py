@@ -29,6 +29,7 @@ EVENTS = f"tcp://127.0.0.1:{find_free_port()}"
 CONFIG = {
     "token_budget": 128,
     "min_context": 640,
+    "segment_size": 1024,
     "strict_activation": True,
     "events_endpoint": EVENTS,
     "events_interval_ms": 100,
