@@ -72,25 +72,22 @@ def run(model_path: Path, flags: list[str], folder: Path) -> None:
     _say("done", began)
 
 
-def ask_greedy(server: LocalServer) -> dict[str, Any]:
-    """The most probable answer to best_of_n's prompt, as /generate returns it."""
+def best_of_n_text() -> str:
+    """The text that best_of_n's samples continue: its messages in the chat template."""
     template = get_chat_template(best_of_n.CHAT_TEMPLATE)
     messages = [
         {"role": "system", "content": best_of_n.SYSTEM},
         {"role": "user", "content": best_of_n.build_prompt()},
     ]
     prefix, _ = template.get_prefix_and_suffix("assistant", messages)
-    return server.post(
-        "/generate",
-        {
-            "text": template.get_prompt(messages) + prefix,
-            "sampling_params": {
-                "temperature": 0,
-                "max_new_tokens": NUM_GREEDY_TOKENS,
-                "stop": list(template.stop_str),
-            },
-        },
-    )
+    return template.get_prompt(messages) + prefix
+
+
+def ask_greedy(server: LocalServer) -> dict[str, Any]:
+    """The most probable answer to best_of_n's prompt, as /generate returns it."""
+    stop = list(get_chat_template(best_of_n.CHAT_TEMPLATE).stop_str)
+    sampling = {"temperature": 0, "max_new_tokens": NUM_GREEDY_TOKENS, "stop": stop}
+    return server.post("/generate", {"text": best_of_n_text(), "sampling_params": sampling})
 
 
 def find_difference(first: list[int], second: list[int]) -> int | None:

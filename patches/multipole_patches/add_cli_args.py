@@ -19,8 +19,12 @@ TYPE = "after"
 
 def hook(result: None, parser: argparse.ArgumentParser) -> None:
     # without its partner the flag would parse and do nothing
-    if from_cli_args.TARGET not in sglang_compat.applied_hooks():
-        return
+    if from_cli_args.TARGET in sglang_compat.applied_hooks():
+        add_arguments(parser)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags to a parser."""
     group = parser.add_argument_group("Multipole attention")
     group.add_argument(
         "--enable-multipole",
