@@ -36,6 +36,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=1, help="measurements of each point")
     parser.add_argument("--multipole-config", default='{"token_budget": 1024}')
     parser.add_argument("--csv", type=Path, required=True)
+    parser.add_argument("--logs", type=Path, help="a folder for the servers' logs")
     parser.add_argument("--seed", type=int, default=1)
     arguments, flags = parser.parse_known_args()
     flags = [flag for flag in flags if flag != "--"]
@@ -44,7 +45,7 @@ def main() -> int:
     rows: list[dict[str, Any]] = []
     for name, own_flags in (("multipole", sparse), ("dense", [])):
         with tempfile.TemporaryDirectory() as folder:
-            log = Path(folder) / "server.log"
+            log = (arguments.logs or Path(folder)) / f"server_{name}.log"
             with LocalServer(arguments.model_path, [*flags, *own_flags], log) as server:
                 for _ in range(arguments.rounds):
                     for context, batch in points:
