@@ -95,10 +95,10 @@ def test_the_default_server_and_its_dense_twin(model_path: Path):
         checked = subprocess.run(command, capture_output=True, text=True)
         assert checked.returncode == 0, checked.stdout + checked.stderr
         # weights updated in place, which flushes both pools
-        before = ask(server, LONG[0])
+        before = ask(server, LONG[4])
         body = {"model_path": str(model_path), "flush_cache": True}
         assert server.post("/update_weights_from_disk", body)["success"]
-        after = ask(server, LONG[0])
+        after = ask(server, LONG[4])
         assert activity(after)["segments_built"] > 0
         assert after["output_ids"] == before["output_ids"]
 
@@ -138,13 +138,13 @@ def test_retraction_and_clients_that_go_away(model_path: Path):
 def test_memory_is_released_and_resumed(model_path: Path):
     flags = [*FLASHINFER, "--enable-memory-saver", *multipole()]
     with running(model_path, [flags]) as (server,):
-        before = ask(server, LONG[2])
+        before = ask(server, LONG[4])
         flush(server)
         with contextlib.suppress(json.JSONDecodeError):  # answered with an empty body
             server.post("/release_memory_occupation", {"tags": ["kv_cache"]})
         with contextlib.suppress(json.JSONDecodeError):
             server.post("/resume_memory_occupation", {"tags": ["kv_cache"]})
-        after = ask(server, LONG[2])
+        after = ask(server, LONG[4])
         assert after["output_ids"] == before["output_ids"]
         assert activity(after)["segments_built"] > 0
         flush(server)
