@@ -56,7 +56,7 @@ def dense_causal(queries, keys, values, sm_scale: float) -> torch.Tensor:
 def capture(model: torch.nn.Module, token_ids: list[int], num_decoded: int) -> Capture:
     """Run the text densely; the last num_decoded positions are those to be decoded sparsely."""
     tokens = torch.tensor(token_ids, device=model.device)
-    sm_scale = model.config.head_dim**-0.5
+    sm_scale = model.get_decoder().layers[0].self_attn.scaling
     queries, keys, values = [], [], []
 
     def attend(_, q, k, v):

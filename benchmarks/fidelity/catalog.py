@@ -15,10 +15,40 @@ from benchmarks.fidelity.methods.quest import Quest
 from benchmarks.fidelity.methods.two_level import TwoLevel
 from benchmarks.fidelity.methods.window import SinksAndWindow
 
+# what ships: the definition in reference.py
 DEFAULT = MultipoleChoices()
 
-# name of the variant -> changed choices; a dict under "clustering" changes the clustering
+# name -> choices that differ from the default; a dict under "clustering" changes the clustering
+OURS: dict[str, dict] = {
+    "ours": {},
+    "ours-residual": {"score": "residual"},
+    "ours-fill": {"rule": "fill"},
+    "ours-residual-fill": {"score": "residual", "rule": "fill"},
+    "ours-fp8": {"number_format": "fp8"},
+    "ours-bf16": {"number_format": "bf16"},
+    "ours-isotropic": {"variance": "isotropic", "max_variance": 1.0},
+    "ours-ratio-8": {"clustering": {"tokens_per_cluster": 8, "max_cluster_size": 64}},
+    "ours-ratio-12": {"clustering": {"tokens_per_cluster": 12, "max_cluster_size": 96}},
+    "ours-lloyd-6": {"clustering": {"num_lloyd_iters": 6}},
+    "ours-lloyd-10": {"clustering": {"num_lloyd_iters": 10}},
+    "ours-seed-1": {"clustering": {"seed": 1}},
+    "ours-cap-64": {"clustering": {"max_cluster_size": 64}},
+    "ours-cap-none": {"clustering": {"max_cluster_size": None}},
+    "ours-dissolve-needed": {"clustering": {"dissolve_needed": True}},
+    "ours-offline": {"clustering": {"segment_size": 8192}},
+}
+
+# what the first study started from: its variants below change this
+STUDY = MultipoleChoices(
+    clustering=Clustering(segment_size=1024, max_cluster_size=64),
+    number_format="fp8",
+    variance="isotropic",
+    max_variance=1.0,
+)
+
+# name -> choices that differ from STUDY
 VARIANTS: dict[str, dict] = {
+    "s1024": {},
     # what is clustered, and in which metric
     "rotated": {"clustering": {"features": "rotated"}},
     "joint": {"clustering": {"features": "joint"}},
@@ -152,7 +182,7 @@ VARIANTS |= {
 }
 
 # name -> clustering of the fine level, part of it that is read
-FINE = Clustering(tokens_per_cluster=8, max_cluster_size=32)
+FINE = Clustering(segment_size=1024, tokens_per_cluster=8, max_cluster_size=32)
 TWO_LEVEL = {
     "two-level": (FINE, 0.375),
     "two-level-25": (FINE, 0.25),
@@ -161,10 +191,21 @@ TWO_LEVEL = {
 }
 
 
-def ours(name: str = "ours", calibration: Calibration | None = None, **changes) -> Multipole:
-    """The definition in reference.py with 8-bit centroids, with some choices changed."""
-    clustering = replace(Clustering(), **changes.pop("clustering", {}))
-    return Multipole(name, replace(DEFAULT, clustering=clustering, **changes), calibration)
+def changed(
+    name: str,
+    base: MultipoleChoices,
+    calibration: Calibration | None = None,
+    clustering: dict | None = None,
+    **changes,
+) -> Multipole:
+    """A method of the base's choices, some of them changed."""
+    clustering = replace(base.clustering, **(clustering or {}))
+    return Multipole(name, replace(base, clustering=clustering, **changes), calibration)
+
+
+def ours(name: str = "ours", **changes) -> Multipole:
+    """What ships, with some choices changed."""
+    return changed(name, DEFAULT, **changes)
 
 
 def rivals() -> list[Method]:
@@ -183,9 +224,11 @@ def rivals() -> list[Method]:
 
 def methods(names: list[str] | None = None, calibration: Calibration | None = None):
     """The methods of these names, in their order; all of them for None."""
-    catalog = {m.name: m for m in [*rivals(), ours()]}
+    catalog = {m.name: m for m in rivals()}
+    for name, changes in OURS.items():
+        catalog[name] = ours(name, **changes)
     for name, changes in VARIANTS.items():
-        catalog[name] = ours(name, calibration, **changes)
+        catalog[name] = changed(name, STUDY, calibration, **changes)
     for name, (clustering, refined) in TWO_LEVEL.items():
         catalog[name] = TwoLevel(name, clustering, refined=refined)
     unknown = set(names or []) - set(catalog)

@@ -20,6 +20,7 @@ class SegmentClusters:
 
     cluster_ids [H, T] int64; key_centroids, value_centroids [H, K, D]; sizes [H, K];
     variance [H, K], of the keys about their mean, averaged over dimensions;
+    pair_weight [H, D / 2], of reference.ClusterSummary;
     covariance [H, D, D], of all keys about their cluster's mean.
     """
 
@@ -28,6 +29,7 @@ class SegmentClusters:
     value_centroids: torch.Tensor
     sizes: torch.Tensor
     variance: torch.Tensor
+    pair_weight: torch.Tensor
     covariance: torch.Tensor
 
     def of_heads(self, heads: slice) -> SegmentClusters:

@@ -18,9 +18,9 @@ LABELS = {
     "paper": "paper",
     "quest": "Quest",
     "oracle": "oracle tokens",
-    "ours": "ours, segments of 1024",
-    "segment-2048": "ours, segments of 2048",
-    "2048-pair-residual-fill": "ours, 2048, pair variance, residual, fill",
+    "s1024": "ours, first study: segments of 1024",
+    "ours-ratio-12": "ours, 12 tokens a cluster",
+    "ours": "ours, as shipped",
 }
 
 
@@ -78,8 +78,8 @@ def plot(rows: Rows, column: str, title: str, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     kinds = sorted({r["kind"] for r in rows})
-    # only texts that the last method was run on, so that all lines are of the same texts
-    complete = list(LABELS)[-1]
+    # so that all lines are of the same texts
+    complete = "ours"
     figure, axes = plt.subplots(1, len(kinds), figsize=(4 * len(kinds), 3.6), squeeze=False)
     for axis, kind in zip(axes[0], kinds, strict=True):
         texts = {r["name"] for r in rows if r["kind"] == kind and r["method"] == complete}

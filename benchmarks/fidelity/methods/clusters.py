@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -17,11 +18,14 @@ class Clustering:
 
     max_cluster_size None leaves clusters as k-means made them. `content_centroid` keeps the mean
     of the keys without position (the paper) instead of the keys as attention sees them.
+    `dissolve_needed` makes room for the parts of oversized clusters by dissolving no more of the
+    smallest ones than it takes.
     """
 
-    segment_size: int = 1024
+    segment_size: int = 2048
     tokens_per_cluster: int = 16
-    max_cluster_size: int | None = 64
+    max_cluster_size: int | None = 128
+    dissolve_needed: bool = False
     features: str = "content"
     metric: str = "euclidean"
     num_lloyd_iters: int = 4
@@ -52,10 +56,12 @@ class SegmentClusterer:
         cluster_ids = reference.cluster_segment(
             features,
             num_clusters,
-            max_size,
+            keys.shape[-2] + 1 if choice.dissolve_needed else max_size,
             choice.num_lloyd_iters,
             begin // choice.segment_size + 7919 * choice.seed,
         )
+        if choice.dissolve_needed:
+            cluster_ids = split_dissolving_few(features, cluster_ids, num_clusters, max_size)
         seen_keys = keys
         if choice.content_centroid:
             positions = torch.arange(begin, begin + keys.shape[-2], device=keys.device)
@@ -63,11 +69,44 @@ class SegmentClusterer:
         return summarize(seen_keys, values, cluster_ids, num_clusters)
 
 
+def split_dissolving_few(
+    features: torch.Tensor, cluster_ids: torch.Tensor, num_clusters: int, max_size: int
+) -> torch.Tensor:
+    """reference.split_oversized, but with the fewest clusters dissolved (smallest first).
+
+    A dissolved cluster's tokens may make another one too large, so the number is found by trying.
+    """
+    features = features.float() - features.float().mean(-2, keepdim=True)
+    centroids = reference.cluster_means(features, cluster_ids, num_clusters)
+    by_size = reference.cluster_sizes(cluster_ids, num_clusters).argsort(dim=-1, stable=True)
+    place = by_size.argsort(dim=-1)
+    num_dissolved = torch.zeros_like(place[..., :1])
+    while True:
+        dissolved = place < num_dissolved
+        moved = reference.assign(features, centroids.masked_fill(dissolved[..., None], math.nan))
+        ids = torch.where(dissolved.gather(-1, cluster_ids), moved, cluster_ids)
+        sizes = reference.cluster_sizes(ids, num_clusters)
+        parts = (sizes + max_size - 1) // max_size
+        lacking = (parts.sum(-1, keepdim=True) - num_clusters).clamp(min=0)
+        if not lacking.any():
+            return _cut(ids, sizes, parts)
+        num_dissolved = num_dissolved + lacking
+
+
+def _cut(ids: torch.Tensor, sizes: torch.Tensor, parts: torch.Tensor) -> torch.Tensor:
+    """Ids [*, T] dealt anew: a cluster's parts are equal runs of its tokens by position."""
+    order = ids.argsort(dim=-1, stable=True)
+    begin = (sizes.cumsum(-1) - sizes).gather(-1, ids.gather(-1, order))
+    counter = torch.arange(ids.shape[-1], device=ids.device).expand(ids.shape)
+    rank = torch.empty_like(ids).scatter_(-1, order, counter - begin)
+    first_part = parts.cumsum(-1) - parts
+    return first_part.gather(-1, ids) + rank * parts.gather(-1, ids) // sizes.gather(-1, ids)
+
+
 def summarize(keys, values, cluster_ids, num_clusters: int) -> SegmentClusters:
     """What is kept of clusters of keys, values [H, T, D]."""
-    key_centroids, value_centroids, sizes, variance = reference.summarize_clusters(
-        keys, values, cluster_ids, num_clusters
-    )
-    residual = keys - key_centroids.gather(-2, cluster_ids.unsqueeze(-1).expand(keys.shape))
+    summary = reference.summarize_clusters(keys, values, cluster_ids, num_clusters)
+    means = summary.key_centroids.gather(-2, cluster_ids.unsqueeze(-1).expand(keys.shape))
+    residual = keys - means
     covariance = residual.mT @ residual / keys.shape[-2]
-    return SegmentClusters(cluster_ids, key_centroids, value_centroids, sizes, variance, covariance)
+    return SegmentClusters(cluster_ids, *summary, covariance)

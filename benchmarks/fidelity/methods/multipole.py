@@ -19,9 +19,9 @@ class MultipoleChoices:
     """A point of the design space; the defaults are the definition in reference.py."""
 
     clustering: Clustering = Clustering()
-    number_format: str = "fp8"
-    variance: str = "isotropic"
-    max_variance: float = 1.0
+    number_format: str = "int8"
+    variance: str = "pair"
+    max_variance: float = 2.0
     score: str = "share"
     group: str = "sum"
     rule: str = "prefix"
@@ -51,7 +51,7 @@ class Multipole(Method):
         per_cluster -= (1 - value_part) * centroid_bytes(head_dim, choices.number_format)
         if choices.variance in ("isotropic", "pair", "pooled"):
             per_cluster += tail.VARIANCE_BYTES
-        shapes = {"pair": head_dim // 2 * 2, "pooled": head_dim * head_dim * 2}
+        shapes = {"pair": head_dim // 2 * 4, "pooled": head_dim * head_dim * 2}
         per_segment = shapes.get(choices.variance, 0)
         if value_part < 1:
             per_segment += 2 * head_dim

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from multipole_kernels import reference
+
 FORMATS = ("float32", "bf16", "int8", "fp8")
 # bytes of a scale of an 8-bit centroid
 SCALE_BYTES = 4
@@ -15,12 +17,8 @@ def stored(centroids: torch.Tensor, number_format: str) -> torch.Tensor:
         return centroids
     if number_format == "bf16":
         return centroids.bfloat16().float()
-    limit = 127.0 if number_format == "int8" else 448.0
-    scale = centroids.abs().amax(-1, keepdim=True).clamp(min=1e-12) / limit
-    scaled = centroids / scale
-    if number_format == "int8":
-        return scaled.round() * scale
-    return scaled.to(torch.float8_e4m3fn).float() * scale
+    dtype = torch.int8 if number_format == "int8" else torch.float8_e4m3fn
+    return reference.dequantize_centroids(*reference.quantize_centroids(centroids, dtype))
 
 
 def centroid_bytes(head_dim: int, number_format: str) -> int:

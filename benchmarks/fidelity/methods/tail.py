@@ -7,8 +7,8 @@ they know of it (q stands for the scaled query):
     none        0
     constant    CONSTANT_VARIANCE, of any cluster
     isotropic   |q|^2 * v, v the mean variance of the cluster's keys, one scalar a cluster
-    pair        sum_f |q_f|^2 w_f * v / mean(v), w_f [D/2] the variance in each rotary pair, one
-                vector per segment and head
+    pair        reference.logit_variance: how v is spread over the rotary pairs, one vector [D / 2]
+                per segment and head
     pooled      q' C q * v / mean(v), C [D, D] the covariance, one matrix per segment and head
     true        the variance itself: a bound, it needs every token
 """
@@ -19,6 +19,7 @@ import torch
 
 from benchmarks.fidelity.block import Block
 from benchmarks.fidelity.index_store import SegmentClusters
+from multipole_kernels import reference
 
 KINDS = ("none", "constant", "isotropic", "pair", "pooled", "true")
 CONSTANT_VARIANCE = 0.75
@@ -39,16 +40,16 @@ def logit_variance(
         return q.square().sum(-1, keepdim=True) * variance[:, None, None]
     if kind == "true":
         return torch.cat([_true_variance(q, block, s) for s in segments_at(block, segments)], -1)
-    half = block.rope.cos.shape[-1]
+    h, g, n, d = q.shape
+    if kind == "pair":
+        weight = [s.pair_weight[:, None].expand(-1, s.sizes.shape[-1], -1) for s in segments]
+        variance = torch.cat([s.variance for s in segments], -1)
+        flat = block.queries.reshape(h, g * n, d)
+        pair = reference.logit_variance(flat, variance, torch.cat(weight, 1), block.sm_scale)
+        return pair.view(h, g, n, -1)
     parts = []
     for segment in segments:
-        if kind == "pair":
-            diagonal = segment.covariance.diagonal(dim1=-2, dim2=-1)
-            pair = (diagonal[..., :half] + diagonal[..., half : 2 * half]) / 2
-            weight = torch.cat([pair, pair, diagonal[..., 2 * half :]], -1)
-            spread = (q.square() * weight[:, None, None]).sum(-1)
-        else:
-            spread = torch.einsum("hgnd,hde,hgne->hgn", q, segment.covariance, q)
+        spread = torch.einsum("hgnd,hde,hgne->hgn", q, segment.covariance, q)
         parts.append(spread[..., None] * relative_variance(segment)[:, None, None])
     return torch.cat(parts, -1)
 

@@ -70,7 +70,10 @@ class TwoLevelClusterer:
             fine.value_centroids,
             fine.sizes,
             fine.variance,
-            *coarse,
+            coarse.key_centroids,
+            coarse.value_centroids,
+            coarse.cluster_sizes,
+            coarse.key_variance,
         )
 
 
