@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import argparse
 import csv
+import fcntl
 import json
 import multiprocessing
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,11 +25,44 @@ from benchmarks.fidelity.calibrate import fit_adaptive
 from benchmarks.fidelity.capture import Capture, capture
 from benchmarks.fidelity.catalog import methods, ours
 from benchmarks.fidelity.checkpoint import load_model
-from benchmarks.fidelity.generations import sample
 from benchmarks.fidelity.index_store import IndexStore
 from benchmarks.fidelity.methods.base import Method
 from benchmarks.fidelity.methods.features import Calibration
 from benchmarks.fidelity.metrics import attention_errors, teacher_forced
+
+COLUMNS = [
+    "model",
+    "torch",
+    "transformers",
+    "device",
+    "tokens",
+    "decoded",
+    "seed",
+    "stride",
+    "split",
+    "kind",
+    "name",
+    "greedy",
+    "method",
+    "budget",
+    "error_mean",
+    "error_median",
+    "error_p95",
+    "error_worst_layer",
+    "worst_layer",
+    "mass_mean",
+    "exact_tokens_mean",
+    "bytes_mean",
+    "kl_mean",
+    "kl_sem",
+    "kl_median",
+    "kl_p99",
+    "kl_max",
+    "top1",
+    "first_divergence",
+    "kl_tokens_mean",
+    "seconds",
+]
 
 
 def attention_row(errors, num_kv_heads: int) -> dict[str, float]:
@@ -116,15 +151,13 @@ def run_text(
             chosen += fit_adaptive(source, methods([name])[0], args.budgets[-1])
         del source
     tokens = text["token_ids"][: args.tokens]
-    if args.greedy:
-        prompt = torch.tensor(tokens[: -args.decoded])
-        tokens = sample(model, [prompt], len(tokens), [], 0, temperature=0)[0].tolist()
     dense = capture(model, tokens, args.decoded)
-    common = versions(model, args.model) | {"tokens": len(tokens), "decoded": args.decoded}
-    label = {key: text[key] for key in ("seed", "split", "kind", "name")}
-    label |= {"greedy": args.greedy, "stride": args.stride}
+    label = {"seed": text["seed"], "stride": args.stride if "attention" in args.what else ""}
+    label |= {key: text[key] for key in ("split", "kind", "name")}
+    label |= {"greedy": text.get("greedy", False)}
+    common = versions(model, args.model) | {"tokens": len(tokens), "decoded": args.decoded} | label
     for row in sweep_text(model, dense, chosen, args.budgets, args.what, args.stride):
-        write_row(args.out, common | label | row)
+        write_row(args.out, COLUMNS, common | row)
         numbers = (f"{k}={v:.4g}" for k, v in row.items() if isinstance(v, float))
         print(text["name"], row["method"], row["budget"], *numbers, flush=True)
         if time.perf_counter() - started > args.seconds:
@@ -146,7 +179,6 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--decoded", type=int, default=1024)
     parser.add_argument("--stride", type=int, default=4, help="of positions for attention errors")
-    parser.add_argument("--greedy", action="store_true", help="let the dense model write the end")
     parser.add_argument("--layers", type=int, help="keep the model's first layers only")
     parser.add_argument(
         "--calibrate-on", default="argparse", help="a text of the dev split; empty to skip"
@@ -183,12 +215,15 @@ def main() -> None:
         process.join()
 
 
-def write_row(path: Path, row: dict) -> None:
-    """Append a row to a CSV; the first row names the columns."""
-    new = not path.exists()
+def write_row(path: Path, columns: list[str], row: dict) -> None:
+    """Append a row to a CSV, with the names of the columns before the first one.
+
+    Several processes may write to one file.
+    """
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(row))
-        if new:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        if file.seek(0, os.SEEK_END) == 0:
             writer.writeheader()
         writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
 
