@@ -1,12 +1,9 @@
 """The fidelity bench: what its numbers rest on, on a tiny random model and on synthetic keys.
 
-With MULTIPOLE_FIDELITY_MODEL set to a checkpoint folder or a .gguf file, a 1K-token subset runs on
-that model's first layers as well.
+A 1K-token subset runs on the demo's model, or on the checkpoint that MULTIPOLE_TEST_MODEL names.
 """
 
 from __future__ import annotations
-
-import os
 
 import pytest
 import torch
@@ -14,12 +11,12 @@ import torch.nn.functional as F  # noqa: N812
 
 pytest.importorskip("transformers", reason="the fidelity bench runs models of transformers")
 
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.fidelity.block import NUM_SINKS, decode_blocks
 from benchmarks.fidelity.capture import capture
 from benchmarks.fidelity.catalog import methods, ours
-from benchmarks.fidelity.checkpoint import load_model
+from benchmarks.fidelity.checkpoint import load_model, tokenizer_arguments
 from benchmarks.fidelity.index_store import IndexStore
 from benchmarks.fidelity.methods.base import paper_bytes, token_bytes
 from benchmarks.fidelity.methods.clusters import split_dissolving_few
@@ -28,6 +25,7 @@ from benchmarks.fidelity.methods.quest import Quest
 from benchmarks.fidelity.methods.selection import take
 from benchmarks.fidelity.methods.tail import KINDS
 from benchmarks.fidelity.metrics import attention_errors, block_at, teacher_forced
+from benchmarks.fidelity.texts import source_code
 from multipole_kernels import reference
 
 TOKENS, DECODED = 1024, 192
@@ -226,22 +224,20 @@ def test_known_segments_are_built_once(text):
     assert first[0].cluster_ids.data_ptr() == second[0].cluster_ids.data_ptr()
 
 
-def test_on_a_real_model_ours_is_closer_than_the_paper():
-    path = os.environ.get("MULTIPOLE_FIDELITY_MODEL")
-    if not path:
-        pytest.skip("MULTIPOLE_FIDELITY_MODEL names no checkpoint")
-    from transformers import AutoTokenizer
-
-    from benchmarks.fidelity.checkpoint import tokenizer_arguments
-    from benchmarks.fidelity.texts import language_reference
-
-    real = load_model(path, num_layers=4)
+@pytest.mark.model
+def test_on_a_real_model_ours_is_closer_than_the_paper_and_quest(model_path):
+    path = str(model_path)
+    real = load_model(path)
     tokenizer = AutoTokenizer.from_pretrained(**tokenizer_arguments(path))
-    ids = tokenizer(language_reference("dev")[:20_000]).input_ids[:1024]
+    ids = tokenizer(source_code("argparse")[:10_000]).input_ids[:TOKENS]
     dense = capture(real, ids, 128)
-    indexes = IndexStore(dense, len(ids))
-    error = {
-        m.name: attention_errors(dense, m, 64, indexes).error.mean()
-        for m in methods(["paper", "ours"])
-    }
-    assert error["ours"] < 0.7 * error["paper"]
+    indexes = IndexStore(dense, dense.prefix_len)
+    error, kl = {}, {}
+    for method in methods(["dense", "paper", "quest", "ours"]):
+        error[method.name] = attention_errors(dense, method, 64, indexes).error.mean()
+        kl[method.name] = teacher_forced(real, dense, method, 64, indexes).kl.mean()
+    assert error["dense"] < 1e-5
+    assert kl["dense"] < 1e-5
+    for rival in ("paper", "quest"):
+        assert error["ours"] < 0.5 * error[rival], (rival, error)
+        assert kl["ours"] < 0.5 * kl[rival], (rival, kl)
