@@ -160,8 +160,9 @@ class Soak:
             self.counts["aborted" if count > last_wanted else "finished"] += 1
             self.counts["tokens"] += count
             self.counts["sparse"] += activity["sparse_steps"]
-        is_long = len(prompt) > self.min_context + 64 and num_tokens > 8
-        if count <= last_wanted and is_long and not activity["sparse_steps"]:
+        # mixed chunks can take all its decode steps into prefills, which count as neither
+        is_dense = activity["dense_steps"] and not activity["sparse_steps"]
+        if count <= last_wanted and len(prompt) > self.min_context and is_dense:
             self._fail(f"{len(prompt)} tokens and no sparse step: {activity}")
 
     def _sample(self, phase: str) -> None:
@@ -203,8 +204,10 @@ class Soak:
 
 
 def gpu_mib() -> int:
-    """Memory in use on the first GPU, MiB; 0 without one."""
-    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    """Memory in use on the GPU, by whatever runs there, MiB; 0 without one."""
+    index = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    command = ["nvidia-smi", f"-i={index}", "--query-gpu=memory.used"]
+    command.append("--format=csv,noheader,nounits")
     try:
         return int(subprocess.run(command, capture_output=True, text=True).stdout.split()[0])
     except (OSError, IndexError):

@@ -49,7 +49,7 @@ def model(tmp_path_factory: pytest.TempPathFactory, model_path: Path) -> Path:
         num_key_value_heads=4,
         head_dim=64,
         max_position_embeddings=8192,
-        initializer_range=0.05,
+        initializer_range=0.1,
     )
     torch.manual_seed(0)
     Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)

@@ -77,6 +77,7 @@ def assert_served_where_steps_can_be_exact(server: LocalServer) -> None:
 
 def test_the_default_server_and_its_dense_twin(model_path: Path):
     with running(model_path, [[*FLASHINFER, *multipole()], FLASHINFER]) as (server, twin):
+        before = report(server)["dense_steps"]["below_min_context"]  # the warm-up's
         # below the gate the graphs are the twin's own
         for prompt in SHORT:
             answer, expected = ask(server, prompt), ask(twin, prompt)
@@ -85,7 +86,7 @@ def test_the_default_server_and_its_dense_twin(model_path: Path):
             assert activity(answer)["sparse_steps"] == 0
             assert activity(answer)["dense_steps"] == 47
         state = report(server)
-        assert state["dense_steps"]["below_min_context"] == 8 * 47
+        assert state["dense_steps"]["below_min_context"] == before + 8 * 47
         graphs = state["graphs"]
         assert graphs["sparse"]["graphs"] == graphs["dense"]["graphs"] > 4
         assert graphs["sparse"]["seconds"] > 0
