@@ -28,6 +28,12 @@ pytestmark = [
 ]
 
 FLAGS = ["--dtype=bfloat16", "--attention-backend=flashinfer", "--enable-metrics"]
+TENSOR_PARALLEL = [
+    "--tp-size=2",
+    "--enable-metrics-for-all-schedulers",
+    # it may use multicast objects, which not every host lends
+    "--enforce-disable-flashinfer-allreduce-fusion",
+]
 PROMPT_TOKENS = (300, 1500, 2600, 4000, 5500, 7000)
 
 
@@ -76,7 +82,7 @@ def metric_by_rank(server: LocalServer, name: str, label: str) -> dict[str, floa
 
 def test_tensor_parallel_ranks_do_the_same_steps(model: Path):
     flag_lists = [
-        [*FLAGS, "--tp-size=2", "--enable-metrics-for-all-schedulers", *multipole()],
+        [*FLAGS, *TENSOR_PARALLEL, *multipole()],
         [*FLAGS, *multipole()],
     ]
     with running(model, flag_lists) as (server, single):
