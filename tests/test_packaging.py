@@ -50,7 +50,7 @@ def test_the_wheel_holds_every_module(wheel: zipfile.ZipFile) -> None:
     expected = {
         str(path.relative_to(source.parent))
         for source in sources
-        for pattern in ("*.py", "*.cu")
+        for pattern in ("*.py", "*.cu", "*.cuh")
         for path in source.rglob(pattern)
     }
     assert len(expected) > len(PACKAGES)

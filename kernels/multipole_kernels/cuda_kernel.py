@@ -27,7 +27,7 @@ def compile_cubin(file_name: str, defines: dict[str, int], capability: tuple[int
 
     source = (_FOLDER / file_name).read_bytes()
     program = _checked(nvrtc.nvrtcCreateProgram(source, file_name.encode(), 0, None, None))
-    options = ["--std=c++17", "--gpu-architecture=sm_{}{}".format(*capability)]
+    options = [f"--include-path={_FOLDER}", "--gpu-architecture=sm_{}{}".format(*capability)]
     options += [f"-D{name}={value}" for name, value in defines.items()]
     (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])
     if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
