@@ -53,7 +53,8 @@ def compile_launch(kernel, arguments, sm):
     signature, constexprs, attributes = {}, {}, {}
     for nth, parameter in enumerate(kernel.params):
         value = arguments[parameter.name]
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+        as_constant = type(value) is int and value == 1 and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or as_constant:
             signature[parameter.name] = "constexpr"
             constexprs[parameter.name] = value
         elif isinstance(value, torch.Tensor):
@@ -63,7 +64,7 @@ def compile_launch(kernel, arguments, sm):
             signature[parameter.name] = "fp32"
         else:
             signature[parameter.name] = "i32"
-            if value % 16 == 0:
+            if value % 16 == 0 and not parameter.do_not_specialize:
                 attributes[(nth,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature=signature, constexprs=constexprs, attrs=attributes)
     options = {name: arguments[name] for name in OPTIONS if name in arguments}

@@ -38,18 +38,18 @@ def finite_or_zero(x):
 
 @triton.jit
 def raised_max(max_log2, logits_log2):
-    """[M] the integer m of a state once logits [M, N] are added."""
-    return tl.maximum(max_log2, tl.ceil(tl.max(logits_log2, 1)))
+    """[M] the integer m of a state once logits [N, M] are added."""
+    return tl.maximum(max_log2, tl.ceil(tl.max(logits_log2, 0)))
 
 
 @triton.jit
 def tail_above_score(logit_variance, sizes, max_logit_variance):
-    """[M, K] what a cluster's base-2 tail logit adds to its score; -inf for an empty cluster.
+    """What a cluster's base-2 tail logit adds to its score; -inf for an empty cluster.
 
-    logit_variance [M, K] in nats squared; sizes [K] in tokens.
+    logit_variance in nats squared, sizes in tokens; they broadcast.
     """
     capped = tl.minimum(logit_variance, max_logit_variance)
-    return 0.5 * LOG2_E * capped + tl.log2(sizes.to(tl.float32))[None, :]
+    return 0.5 * LOG2_E * capped + tl.log2(sizes.to(tl.float32))
 
 
 @triton.jit
@@ -71,13 +71,25 @@ def merge_parts(
 ):
     """The state of a KV head's query heads with parts begin to end added, in order.
 
-    The unrolled parts have no reduction across threads, so that their loads are all in flight.
+    The largest maximum comes first, so that no part waits for the one before it.
     """
     offs_group = tl.arange(0, BLOCK_GROUP)
     offs_dim = tl.arange(0, BLOCK_D)
     mask_group = offs_group < GROUP
     mask_dim = offs_dim < HEAD_DIM
     for first in range(begin, end, PARTS_AT_ONCE):
+        new_max = merged_max
+        for nth in tl.static_range(PARTS_AT_ONCE):
+            part = first + nth
+            head = part * stride_part + offs_group
+            mask = mask_group & (part < end)
+            part_max = tl.load(part_max_ptr + head, mask=mask, other=float("-inf"))
+            new_max = tl.maximum(new_max, part_max)
+        shift = finite_or_zero(new_max)
+        rescale = tl.exp2(merged_max - shift)
+        merged_sum *= rescale
+        acc *= rescale[:, None]
+        merged_max = new_max
         for nth in tl.static_range(PARTS_AT_ONCE):
             part = first + nth
             # int64: parts * heads * head_dim
@@ -90,26 +102,22 @@ def merge_parts(
                 mask=mask[:, None] & mask_dim[None, :],
                 other=0.0,
             )
-            new_max = tl.maximum(merged_max, part_max)
-            shift = finite_or_zero(new_max)
-            rescale = tl.exp2(merged_max - shift)
             weight = tl.exp2(part_max - shift)
-            merged_sum = merged_sum * rescale + part_sum * weight
-            acc = acc * rescale[:, None] + part_acc * weight[:, None]
-            merged_max = new_max
+            merged_sum += part_sum * weight
+            acc += part_acc * weight[:, None]
     return merged_max, merged_sum, acc
 
 
 @triton.jit
 def add_to_state(max_log2, weight_sum, acc, logits_log2, values):
-    """The state with logits [M, N] and values [N, D] added; a logit of -inf adds nothing."""
+    """The state with logits [N, M] and values [D, N] added; a logit of -inf adds nothing."""
     new_max = raised_max(max_log2, logits_log2)
     shift = finite_or_zero(new_max)
-    # [M, N]
-    weight = tl.exp2(logits_log2 - shift[:, None])
+    # [N, M]
+    weight = tl.exp2(logits_log2 - shift[None, :])
     rescale = tl.exp2(max_log2 - shift)
-    weight_sum = weight_sum * rescale + tl.sum(weight, 1)
-    acc = acc * rescale[:, None] + dot(weight.to(values.dtype), values)
+    weight_sum = weight_sum * rescale + tl.sum(weight, 0)
+    acc = acc * rescale[None, :] + dot(values, weight.to(values.dtype))
     return new_max, weight_sum, acc
 
 
@@ -117,11 +125,13 @@ def add_to_state(max_log2, weight_sum, acc, logits_log2, values):
 def attend_slots(
     max_log2,  # [M]
     weight_sum,  # [M]
-    acc,  # [M, BLOCK_D]
-    q,  # [M, BLOCK_D]
+    acc,  # [BLOCK_D, M]
+    q,  # [BLOCK_D, M]
     slots_ptr,  # int32, KV slots
     begin,
     end,
+    step,  # from one tile to the next, at least BLOCK_TOKENS
+    slot,  # [BLOCK_TOKENS] the first tile's
     k_cache_ptr,  # at the KV head
     v_cache_ptr,
     stride_slot,  # elements from one slot to the next
@@ -130,23 +140,31 @@ def attend_slots(
     BLOCK_D: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
 ):
-    """The state with the tokens at slots_ptr[begin:end] added."""
+    """The state with tiles of the tokens at slots_ptr[begin:end] added, one every step."""
     offs_token = tl.arange(0, BLOCK_TOKENS)
     offs_dim = tl.arange(0, BLOCK_D)
     mask_dim = offs_dim < HEAD_DIM
-    for first in range(begin, end, BLOCK_TOKENS):
+    # a tile's slots are loaded while the one before it is attended to
+    for first in range(begin, end, step):
         mask_token = first + offs_token < end
-        slot = tl.load(slots_ptr + first + offs_token, mask=mask_token, other=0)
         # int64: slots * KV heads * head_dim passes 2**31
         offset = slot.to(tl.int64) * stride_slot
-        # [BLOCK_TOKENS, BLOCK_D]
-        mask = mask_token[:, None] & mask_dim[None, :]
-        offsets = offset[:, None] + offs_dim[None, :]
-        keys = tl.load(k_cache_ptr + offsets, mask=mask, other=0.0)
-        values = tl.load(v_cache_ptr + offsets, mask=mask, other=0.0)
-        # [M, BLOCK_TOKENS]
-        logits = dot(q, tl.trans(keys)) * scale_log2
-        logits = tl.where(mask_token[None, :], logits, float("-inf"))
+        # [BLOCK_TOKENS, BLOCK_D] and [BLOCK_D, BLOCK_TOKENS]
+        keys = tl.load(
+            k_cache_ptr + offset[:, None] + offs_dim[None, :],
+            mask=mask_token[:, None] & mask_dim[None, :],
+            other=0.0,
+        )
+        values = tl.load(
+            v_cache_ptr + offset[None, :] + offs_dim[:, None],
+            mask=mask_token[None, :] & mask_dim[:, None],
+            other=0.0,
+        )
+        next_token = first + step + offs_token
+        slot = tl.load(slots_ptr + next_token, mask=next_token < end, other=0)
+        # [BLOCK_TOKENS, M]
+        logits = dot(keys, q) * scale_log2
+        logits = tl.where(mask_token[:, None], logits, float("-inf"))
         max_log2, weight_sum, acc = add_to_state(max_log2, weight_sum, acc, logits, values)
     return max_log2, weight_sum, acc
 

@@ -17,6 +17,8 @@ An empty cluster (size 0) has weight 0. A chunk without work leaves at once.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -32,8 +34,34 @@ from multipole_kernels.attention_state import (
 )
 from multipole_kernels.decode_buffers import DecodePlan, DecodeWorkspace, PoolLayer
 
+# two int16 words in, their low and their high bytes out as two float16 each
+_UNPACK_INT8 = tl.constexpr("""{
+    .reg .b32 words, low, high, bias;
+    xor.b32 words, $2, 0x80808080;
+    prmt.b32 low, words, 0x64646464, 0x4240;
+    prmt.b32 high, words, 0x64646464, 0x4341;
+    mov.b32 bias, 0x64806480;
+    sub.f16x2 $0, low, bias;
+    sub.f16x2 $1, high, bias;
+}""")
+_UNPACK_FLOAT8 = tl.constexpr("""{
+    .reg .b32 sign, rest;
+    shl.b32 sign, $2, 8;
+    and.b32 sign, sign, 0x80008000;
+    shl.b32 rest, $2, 7;
+    and.b32 rest, rest, 0x3F803F80;
+    or.b32 $0, sign, rest;
+    and.b32 sign, $2, 0x80008000;
+    shr.b32 rest, $2, 1;
+    and.b32 rest, rest, 0x3F803F80;
+    or.b32 $1, sign, rest;
+}""")
+_INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+# of the tiles that a block loads ahead, in shared memory
+_MAX_TILE_BYTES = 192 * 1024
 
-@triton.jit
+
+@triton.jit(do_not_specialize=["num_rows"])
 def _coarse_attention_kernel(
     q_ptr,  # [num_rows, NUM_KV_HEADS, GROUP, HEAD_DIM]
     k_cache_ptr,  # [num_slots, NUM_KV_HEADS, HEAD_DIM]
@@ -103,7 +131,8 @@ def _coarse_attention_kernel(
 
     if is_exact != 0:
         q_heads = _load_heads(q_ptr, 0, 1, GROUP, HEAD_DIM, BLOCK_GROUP, BLOCK_D)
-        token_acc = tl.zeros([BLOCK_GROUP, BLOCK_D], tl.float32)
+        offs_token = tl.arange(0, BLOCK_TOKENS)
+        token_acc = tl.zeros([BLOCK_D, BLOCK_GROUP], tl.float32)
         max_log2, weight_sum, token_acc = attend_slots(
             max_log2,
             weight_sum,
@@ -112,6 +141,8 @@ def _coarse_attention_kernel(
             exact_slots_ptr,
             begin,
             end,
+            BLOCK_TOKENS,
+            tl.load(exact_slots_ptr + begin + offs_token, mask=begin + offs_token < end, other=0),
             k_cache_ptr + head * HEAD_DIM,
             v_cache_ptr + head * HEAD_DIM,
             stride_slot,
@@ -127,12 +158,16 @@ def _coarse_attention_kernel(
         WORDS: tl.constexpr = HEAD_DIM // PER_WORD
         BLOCK_WORDS: tl.constexpr = BLOCK_D // PER_WORD
         offs_word = tl.arange(0, BLOCK_WORDS)
-        mask_word = (offs_word < WORDS)[None, :]
         offs_cluster = tl.arange(0, CLUSTERS)
+        key_offsets = offs_cluster[:, None] * WORDS + offs_word[None, :]
+        value_offsets = offs_cluster[None, :] * WORDS + offs_word[:, None]
+        mask_keys = (offs_word < WORDS)[None, :]
+        mask_values = (offs_word < WORDS)[:, None]
+        # a query head is a column: clusters are the rows of both products
         q = _load_heads(q_ptr, 0, PER_WORD, GROUP, WORDS, BLOCK_GROUP, BLOCK_WORDS)
-        acc = tl.zeros([BLOCK_GROUP, BLOCK_WORDS], tl.float32)
+        acc = tl.zeros([BLOCK_WORDS, BLOCK_GROUP], tl.float32)
         # summed over the clusters' places in the end, not in every item
-        weight_sums = tl.zeros([BLOCK_GROUP, CLUSTERS], tl.float32)
+        weight_sums = tl.zeros([CLUSTERS, BLOCK_GROUP], tl.float32)
         # [BLOCK_GROUP, BLOCK_D / 2] squares of the pairs of dimensions f and f + HEAD_DIM / 2
         HALF: tl.constexpr = HEAD_DIM // 2
         offs_pair = tl.arange(0, BLOCK_D // 2)
@@ -144,7 +179,7 @@ def _coarse_attention_kernel(
         q_square = q_first * q_first + q_second * q_second
         if EIGHT_BITS:
             q_high = _load_heads(q_ptr, 1, PER_WORD, GROUP, WORDS, BLOCK_GROUP, BLOCK_WORDS)
-            acc_high = tl.zeros([BLOCK_GROUP, BLOCK_WORDS], tl.float32)
+            acc_high = tl.zeros([BLOCK_WORDS, BLOCK_GROUP], tl.float32)
             # 8-bit numbers are exact in float16, and so is all of q that matters
             q_low16 = q.to(tl.float32).to(tl.float16)
             q_high16 = q_high.to(tl.float32).to(tl.float16)
@@ -153,6 +188,7 @@ def _coarse_attention_kernel(
         # ahead, because their addresses need the place
         place = tl.load(item_place_ptr + begin).to(tl.int64)
         next_place = tl.load(item_place_ptr + tl.minimum(begin + 1, end - 1)).to(tl.int64)
+        tile_place = place
         cluster = (place * NUM_KV_HEADS + head) * CLUSTERS + offs_cluster
         sizes = tl.load(cluster_sizes_ptr + cluster)
         variance = tl.load(key_variance_ptr + cluster)
@@ -162,12 +198,11 @@ def _coarse_attention_kernel(
             key_scale = tl.load(key_scale_ptr + cluster)
             value_scale = tl.load(value_scale_ptr + cluster)
         for item in range(begin, end):
-            tile_place = tl.load(item_place_ptr + item).to(tl.int64)
-            tile_cluster = (tile_place * NUM_KV_HEADS + head) * CLUSTERS + offs_cluster
-            # [CLUSTERS, BLOCK_WORDS]
-            offsets = tile_cluster[:, None] * WORDS + offs_word[None, :]
-            keys = tl.load(key_centroids_ptr + offsets, mask=mask_word, other=0)
-            values = tl.load(value_centroids_ptr + offsets, mask=mask_word, other=0)
+            tile = (tile_place * NUM_KV_HEADS + head) * (CLUSTERS * WORDS)
+            # [CLUSTERS, BLOCK_WORDS] and [BLOCK_WORDS, CLUSTERS]
+            keys = tl.load(key_centroids_ptr + tile + key_offsets, mask=mask_keys, other=0)
+            values = tl.load(value_centroids_ptr + tile + value_offsets, mask=mask_values, other=0)
+            tile_place = tl.load(item_place_ptr + tl.minimum(item + 1, end - 1)).to(tl.int64)
             cluster = (next_place * NUM_KV_HEADS + head) * CLUSTERS + offs_cluster
             next_sizes = tl.load(cluster_sizes_ptr + cluster)
             next_variance = tl.load(key_variance_ptr + cluster)
@@ -175,56 +210,56 @@ def _coarse_attention_kernel(
             next_pair_weight = tl.load(pair_weight_ptr + pair, mask=mask_pair, other=0.0)
             next_place = tl.load(item_place_ptr + tl.minimum(item + 2, end - 1)).to(tl.int64)
 
-            # [BLOCK_GROUP, CLUSTERS]
+            # [CLUSTERS, BLOCK_GROUP]
             if EIGHT_BITS:
                 next_key_scale = tl.load(key_scale_ptr + cluster)
                 next_value_scale = tl.load(value_scale_ptr + cluster)
                 keys_low, keys_high = _unpack(keys, IS_INT8)
-                scores = dot(q_low16, tl.trans(keys_low)) + dot(q_high16, tl.trans(keys_high))
-                scores *= key_scale[None, :] * (scale_log2 * UNPACK_SCALE)
+                scores = dot(keys_low, q_low16) + dot(keys_high, q_high16)
+                scores *= key_scale[:, None] * (scale_log2 * UNPACK_SCALE)
             else:
-                scores = dot(q, tl.trans(keys)) * scale_log2
-            scores = tl.where(sizes[None, :] > 0, scores, float("-inf"))
+                scores = dot(keys, q) * scale_log2
+            scores = tl.where(sizes[:, None] > 0, scores, float("-inf"))
 
             # [BLOCK_GROUP]
-            shift = finite_or_zero(tl.max(scores, 1))
-            cluster_weight = tl.exp2(scores - shift[:, None]).to(tl.float16)
+            shift = finite_or_zero(tl.max(scores, 0))
+            cluster_weight = tl.exp2(scores - shift[None, :]).to(tl.float16)
             offs_item = (item * NUM_KV_HEADS + head) * GROUP + offs_group.to(tl.int64)
             spread = tl.sum(q_square * pair_weight[None, :], 1)
             tl.store(weight_shift_ptr + offs_item, shift, mask=mask_group)
             tl.store(logit_spread_ptr + offs_item, spread, mask=mask_group)
             tl.store(
-                cluster_weight_ptr + offs_item[:, None] * CLUSTERS + offs_cluster[None, :],
+                cluster_weight_ptr + offs_item[None, :] * CLUSTERS + offs_cluster[:, None],
                 cluster_weight,
-                mask=mask_group[:, None],
+                mask=mask_group[None, :],
             )
 
-            logit_variance = spread[:, None] * variance[None, :]
-            above_score = tail_above_score(logit_variance, sizes, max_logit_variance)
+            logit_variance = spread[None, :] * variance[:, None]
+            above_score = tail_above_score(logit_variance, sizes[:, None], max_logit_variance)
             new_max = tl.maximum(max_log2, tl.ceil(shift + tail_bound))
             tail_shift = finite_or_zero(new_max)
             # from the rounded weight: what is taken out later is what is put in here
             weight = cluster_weight.to(tl.float32)
-            weight *= tl.exp2(above_score + (shift - tail_shift)[:, None])
+            weight *= tl.exp2(above_score + (shift - tail_shift)[None, :])
             rescale = tl.exp2(max_log2 - tail_shift)
-            weight_sums = weight_sums * rescale[:, None] + weight
+            weight_sums = weight_sums * rescale[None, :] + weight
             max_log2 = new_max
             if EIGHT_BITS:
                 # relative to the largest scale, so that weights keep float16's precision
                 largest = tl.maximum(tl.max(value_scale, 0), 1e-30)
-                scaled = (weight * (value_scale / largest)[None, :]).to(tl.float16)
+                scaled = (weight * (value_scale / largest)[:, None]).to(tl.float16)
                 values_low, values_high = _unpack(values, IS_INT8)
                 largest *= UNPACK_SCALE
-                acc = acc * rescale[:, None] + dot(scaled, values_low) * largest
-                acc_high = acc_high * rescale[:, None] + dot(scaled, values_high) * largest
+                acc = acc * rescale[None, :] + dot(values_low, scaled) * largest
+                acc_high = acc_high * rescale[None, :] + dot(values_high, scaled) * largest
                 key_scale = next_key_scale
                 value_scale = next_value_scale
             else:
-                acc = acc * rescale[:, None] + dot(weight.to(values.dtype), values)
+                acc = acc * rescale[None, :] + dot(values, weight.to(values.dtype))
             sizes = next_sizes
             variance = next_variance
             pair_weight = next_pair_weight
-        weight_sum = tl.sum(weight_sums, 1)
+        weight_sum = tl.sum(weight_sums, 0)
         _store_heads(part_acc_ptr, acc, 0, PER_WORD, GROUP, WORDS, BLOCK_GROUP, BLOCK_WORDS)
         if EIGHT_BITS:
             _store_heads(
@@ -233,6 +268,27 @@ def _coarse_attention_kernel(
 
     tl.store(part_max_ptr + part + offs_group, max_log2, mask=mask_group)
     tl.store(part_sum_ptr + part + offs_group, weight_sum, mask=mask_group)
+
+
+@triton.jit
+def _head_offsets(
+    first,
+    STEP: tl.constexpr,
+    DIMS: tl.constexpr,
+    BLOCK_GROUP: tl.constexpr,
+    BLOCK_DIMS: tl.constexpr,
+):
+    """[BLOCK_DIMS, BLOCK_GROUP] offsets of dimensions first, first + STEP, ... of the heads."""
+    offs_group = tl.arange(0, BLOCK_GROUP)[None, :]
+    offs_dim = tl.arange(0, BLOCK_DIMS)[:, None]
+    return offs_group * (DIMS * STEP) + offs_dim * STEP + first
+
+
+@triton.jit
+def _head_mask(
+    GROUP: tl.constexpr, DIMS: tl.constexpr, BLOCK_GROUP: tl.constexpr, BLOCK_DIMS: tl.constexpr
+):
+    return (tl.arange(0, BLOCK_GROUP) < GROUP)[None, :] & (tl.arange(0, BLOCK_DIMS) < DIMS)[:, None]
 
 
 @triton.jit
@@ -245,14 +301,8 @@ def _load_heads(
     BLOCK_GROUP: tl.constexpr,
     BLOCK_DIMS: tl.constexpr,
 ):
-    """[BLOCK_GROUP, BLOCK_DIMS] dimensions first, first + STEP, ... of GROUP heads."""
-    offs_group = tl.arange(0, BLOCK_GROUP)[:, None]
-    offs_dim = tl.arange(0, BLOCK_DIMS)[None, :]
-    return tl.load(
-        ptr + offs_group * (DIMS * STEP) + offs_dim * STEP + first,
-        mask=(offs_group < GROUP) & (offs_dim < DIMS),
-        other=0.0,
-    )
+    offsets = _head_offsets(first, STEP, DIMS, BLOCK_GROUP, BLOCK_DIMS)
+    return tl.load(ptr + offsets, mask=_head_mask(GROUP, DIMS, BLOCK_GROUP, BLOCK_DIMS), other=0.0)
 
 
 @triton.jit
@@ -266,14 +316,8 @@ def _store_heads(
     BLOCK_GROUP: tl.constexpr,
     BLOCK_DIMS: tl.constexpr,
 ):
-    """Store a block laid out as _load_heads loads it."""
-    offs_group = tl.arange(0, BLOCK_GROUP)[:, None]
-    offs_dim = tl.arange(0, BLOCK_DIMS)[None, :]
-    tl.store(
-        ptr + offs_group * (DIMS * STEP) + offs_dim * STEP + first,
-        block,
-        mask=(offs_group < GROUP) & (offs_dim < DIMS),
-    )
+    offsets = _head_offsets(first, STEP, DIMS, BLOCK_GROUP, BLOCK_DIMS)
+    tl.store(ptr + offsets, block, mask=_head_mask(GROUP, DIMS, BLOCK_GROUP, BLOCK_DIMS))
 
 
 @triton.jit
@@ -285,14 +329,23 @@ def _unpack(words, IS_INT8: tl.constexpr):
     multiplies by UNPACK_SCALE. (Converting would also make the compiler read the transposed values
     byte by byte from shared memory.)
     """
-    if IS_INT8:
-        low = ((words & 0xFF) ^ 0x6480).to(tl.float16, bitcast=True) - 1152.0
-        high = (((words >> 8) & 0xFF) ^ 0x6480).to(tl.float16, bitcast=True) - 1152.0
-    else:
-        shifted = words << 8
-        low = ((shifted & -32768) | ((shifted & 0x7F00) >> 1)).to(tl.float16, bitcast=True)
-        high = ((words & -32768) | ((words & 0x7F00) >> 1)).to(tl.float16, bitcast=True)
-    return low, high
+    if _INTERPRETED:
+        if IS_INT8:
+            low = ((words & 0xFF) ^ 0x6480).to(tl.float16, bitcast=True) - 1152.0
+            high = (((words >> 8) & 0xFF) ^ 0x6480).to(tl.float16, bitcast=True) - 1152.0
+        else:
+            shifted = words << 8
+            low = ((shifted & -32768) | ((shifted & 0x7F00) >> 1)).to(tl.float16, bitcast=True)
+            high = ((words & -32768) | ((words & 0x7F00) >> 1)).to(tl.float16, bitcast=True)
+        return low, high
+    return tl.inline_asm_elementwise(
+        _UNPACK_INT8 if IS_INT8 else _UNPACK_FLOAT8,
+        "=r,=r,r",
+        [words],
+        dtype=(tl.float16, tl.float16),
+        is_pure=True,
+        pack=2,
+    )
 
 
 def coarse_attention(
@@ -316,6 +369,12 @@ def coarse_attention(
     key_centroids, value_centroids = pool_layer.key_centroids, pool_layer.value_centroids
     eight_bits = pool_layer.key_scale is not None
     is_int8 = key_centroids.dtype == torch.int8
+    # key and value centroids of one item
+    tile_bytes = 2 * math.prod(key_centroids.shape[2:]) * key_centroids.element_size()
+    # columns of a dot; with 16 it is asynchronous and a tile more is held
+    block_group = max(8, triton.next_power_of_2(workspace.gqa_group_size))
+    tiles = config.coarse_num_stages - 1 + (block_group > 8)
+    num_stages = config.coarse_num_stages if tiles * tile_bytes <= _MAX_TILE_BYTES else 1
     if eight_bits:
         key_centroids = key_centroids.view(torch.int16)
         value_centroids = value_centroids.view(torch.int16)
@@ -353,7 +412,7 @@ def coarse_attention(
         GROUP=workspace.gqa_group_size,
         HEAD_DIM=workspace.head_dim,
         CLUSTERS=workspace.clusters_per_segment,
-        BLOCK_GROUP=16,  # tl.dot needs 16 rows
+        BLOCK_GROUP=block_group,
         BLOCK_D=triton.next_power_of_2(workspace.head_dim),
         BLOCK_TOKENS=config.coarse_block_tokens,
         EIGHT_BITS=eight_bits,
@@ -361,7 +420,7 @@ def coarse_attention(
         UNPACK_SCALE=256.0 if eight_bits and not is_int8 else 1.0,
         OVERLAP=config.overlap_launches,
         num_warps=config.coarse_num_warps,
-        num_stages=config.coarse_num_stages,
+        num_stages=num_stages,
         maxnreg=config.coarse_max_registers,
         launch_pdl=config.overlap_launches,
     )

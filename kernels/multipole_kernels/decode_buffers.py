@@ -13,6 +13,8 @@ from multipole_kernels.launch_config import LaunchConfig, launch_config
 
 # most blocks of a (row, KV head) that take selected clusters' centroids out of the coarse state
 MAX_OUT_SPLITS = 4
+# chunks that a row of a large batch may be cut into
+CHUNKS_PER_ROW = 8
 
 
 @dataclasses.dataclass
@@ -92,9 +94,6 @@ class DecodeWorkspace:
         self.head_dim, self.clusters_per_segment = head_dim, clusters_per_segment
 
         config = self.config
-        # chunks a step, over which the plan spreads the whole batch's work
-        self.target_chunks = -(-config.num_sms * config.coarse_blocks_per_sm // num_kv_heads)
-        self.wave_chunks = -(-config.num_sms * config.coarse_blocks_per_wave // num_kv_heads)
         max_chunks = self.num_chunks(max_rows)
         self.target_exact_blocks = config.num_sms * config.exact_blocks_per_sm
         max_exact_blocks = self.target_exact_blocks + max_rows * num_kv_heads * 2
@@ -153,14 +152,25 @@ class DecodeWorkspace:
 
         Either kind of a row's chunks is rounded up: one more of each.
         """
-        return self.target_chunks + 2 * num_rows
+        return self.target_chunks(num_rows) + 2 * num_rows
+
+    def wave_chunks(self, centroid_bytes: int) -> int:
+        """Chunks of each KV head that run at once; centroid_bytes of one element."""
+        resident = self.config.coarse_resident_blocks[centroid_bytes == 1]
+        return max(1, self.config.num_sms * resident // self.num_kv_heads)
+
+    def target_chunks(self, num_rows: int) -> int:
+        """Chunks over which a batch is spread at most: a launch has as many blocks, work or not."""
+        return self.wave_chunks(1) + CHUNKS_PER_ROW * num_rows
 
     def num_exact_splits(self, num_rows: int) -> int:
         """Blocks over which one (row, head)'s selected tokens are spread."""
         by_card = self.target_exact_blocks // (num_rows * self.num_kv_heads)
-        by_card -= self.num_out_splits(num_rows)
+        out_splits = self.num_out_splits(num_rows)
         by_tokens = -(-self.selected_capacity // self.config.exact_block_tokens)
-        return max(1, min(by_card, by_tokens))
+        # the last block merges all parts in one go
+        by_merge = self.config.merge_parts_at_once - out_splits
+        return max(1, min(by_card - out_splits, by_tokens, by_merge))
 
     def num_out_splits(self, num_rows: int) -> int:
         """Blocks that take one (row, head)'s selected clusters out of the coarse state."""

@@ -1,8 +1,9 @@
 """Cut a batch's work into chunks of about equal cost, on the device.
 
-A chunk is a run of one row's items (segments, read as centroids) or of its always-exact tokens. The
-target is that all chunks together fill the card a whole number of times, whatever the batch; a row
-without work gets no chunk. Runs once a step, outside the graph, for all layers.
+A chunk is a run of one row's items (segments, read as centroids) or of its always-exact tokens. All
+chunks run at once if they can be short enough to be worth it; with more work they are of a length
+beside which a block's start does not show. A row without work gets no chunk. Runs once a step,
+outside the graph, for all layers.
 """
 
 from __future__ import annotations
@@ -11,6 +12,15 @@ import triton
 import triton.language as tl
 
 from multipole_kernels.decode_buffers import DecodePlan, DecodeWorkspace
+
+# cost of a chunk in exact tokens, between which it is chosen; measured on an H100
+_MIN_COST, _MAX_COST = 64, 512
+
+
+@triton.jit
+def _exact_per_chunk(items, ITEM_COST: tl.constexpr, EXACT_UNIT: tl.constexpr):
+    """Exact tokens that cost as much as items, in whole units."""
+    return tl.maximum(tl.cdiv(items * ITEM_COST, EXACT_UNIT), 1) * EXACT_UNIT
 
 
 @triton.jit
@@ -26,8 +36,9 @@ def _plan_chunks_kernel(
     wave_chunks,
     target_chunks,
     ITEM_COST: tl.constexpr,  # cost of an item in exact tokens
-    LONG_CHUNK: tl.constexpr,  # items that hide the start of a block
-    EXACT_UNIT: tl.constexpr,  # exact chunks are multiples of this many tokens
+    MIN_ITEMS: tl.constexpr,  # items that a block's start is worth
+    MAX_ITEMS: tl.constexpr,  # items beside which a block's start does not show
+    EXACT_UNIT: tl.constexpr,  # tokens that a block gathers at a time
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CHUNKS: tl.constexpr,
 ):
@@ -43,11 +54,17 @@ def _plan_chunks_kernel(
         exact_indptr_ptr + offs_row, mask=mask_row, other=0
     )
     cost = tl.sum(items, 0) * ITEM_COST + tl.sum(exact, 0)
-    # one wave of equal chunks while they are short; then so many that the last wave weighs little
-    in_one_wave = tl.minimum(tl.cdiv(cost, wave_chunks), LONG_CHUNK * ITEM_COST)
-    cost_per_chunk = tl.maximum(tl.cdiv(cost, target_chunks), in_one_wave)
-    items_per_chunk = tl.maximum(tl.cdiv(cost_per_chunk, ITEM_COST), 1)
-    exact_per_chunk = tl.maximum(tl.cdiv(cost_per_chunk, EXACT_UNIT), 1) * EXACT_UNIT
+    # the shortest chunks that all run at once; if none do, the longest: they balance themselves
+    items_per_chunk = tl.maximum(tl.cdiv(tl.cdiv(cost, target_chunks), ITEM_COST), MIN_ITEMS)
+    found = items_per_chunk >= MAX_ITEMS
+    for candidate in tl.static_range(MIN_ITEMS, MAX_ITEMS):
+        chunks = tl.cdiv(items, candidate)
+        chunks += tl.cdiv(exact, _exact_per_chunk(candidate, ITEM_COST, EXACT_UNIT))
+        fits = (candidate >= items_per_chunk) & (tl.sum(chunks, 0) <= wave_chunks)
+        items_per_chunk = tl.where(fits & ~found, candidate, items_per_chunk)
+        found = found | fits
+    items_per_chunk = tl.where(found, items_per_chunk, MAX_ITEMS)
+    exact_per_chunk = _exact_per_chunk(items_per_chunk, ITEM_COST, EXACT_UNIT)
     chunks = tl.cdiv(items, items_per_chunk) + tl.cdiv(exact, exact_per_chunk)
     first_chunk = tl.sum(tl.where(offs_row < row, chunks, 0), 0)
     tl.store(chunk_indptr_ptr + row, first_chunk)
@@ -58,16 +75,22 @@ def _plan_chunks_kernel(
     item_end = tl.load(item_indptr_ptr + row + 1)
     exact_begin = tl.load(exact_indptr_ptr + row)
     exact_end = tl.load(exact_indptr_ptr + row + 1)
-    item_chunks = tl.cdiv(item_end - item_begin, items_per_chunk)
-    num_chunks = item_chunks + tl.cdiv(exact_end - exact_begin, exact_per_chunk)
+    num_items = item_end - item_begin
+    num_exact = exact_end - exact_begin
+    item_chunks = tl.cdiv(num_items, items_per_chunk)
+    exact_chunks = tl.cdiv(num_exact, exact_per_chunk)
+    num_chunks = item_chunks + exact_chunks
     for chunk in range(0, num_chunks, BLOCK_CHUNKS):
         # [BLOCK_CHUNKS]
         offs = chunk + tl.arange(0, BLOCK_CHUNKS)
         is_exact = offs >= item_chunks
         nth = tl.where(is_exact, offs - item_chunks, offs)
-        per_chunk = tl.where(is_exact, exact_per_chunk, items_per_chunk)
-        begin = tl.where(is_exact, exact_begin, item_begin) + nth * per_chunk
-        end = tl.minimum(begin + per_chunk, tl.where(is_exact, exact_end, item_end))
+        # a row's chunks of a kind differ by one at most
+        of_row = tl.where(is_exact, num_exact, num_items)
+        parts = tl.maximum(tl.where(is_exact, exact_chunks, item_chunks), 1)
+        first = tl.where(is_exact, exact_begin, item_begin)
+        begin = first + nth * of_row // parts
+        end = first + (nth + 1) * of_row // parts
         mask = offs < num_chunks
         tl.store(chunk_row_ptr + first_chunk + offs, row, mask=mask)
         tl.store(chunk_is_exact_ptr + first_chunk + offs, is_exact.to(tl.int32), mask=mask)
@@ -88,6 +111,9 @@ def plan_chunks(
         raise ValueError(
             f"plan_chunks: num_rows must be between 1 and {workspace.max_rows}, got {num_rows}"
         )
+    # keys and values are two bytes an element
+    item_cost = max(1, workspace.clusters_per_segment * centroid_bytes // 2)
+    min_items = triton.cdiv(_MIN_COST, item_cost)
     _plan_chunks_kernel[(num_rows,)](
         item_indptr_ptr=plan.item_indptr,
         exact_indptr_ptr=plan.exact_indptr,
@@ -97,11 +123,11 @@ def plan_chunks(
         chunk_end_ptr=workspace.chunk_end,
         chunk_indptr_ptr=workspace.chunk_indptr,
         num_rows=num_rows,
-        wave_chunks=workspace.wave_chunks,
-        target_chunks=workspace.target_chunks,
-        # keys and values are two bytes an element
-        ITEM_COST=workspace.clusters_per_segment * centroid_bytes // 2,
-        LONG_CHUNK=8,
+        wave_chunks=workspace.wave_chunks(centroid_bytes),
+        target_chunks=workspace.target_chunks(num_rows),
+        ITEM_COST=item_cost,
+        MIN_ITEMS=min_items,
+        MAX_ITEMS=max(min_items, _MAX_COST // item_cost),
         EXACT_UNIT=workspace.config.coarse_block_tokens,
         BLOCK_ROWS=triton.next_power_of_2(workspace.max_rows),
         BLOCK_CHUNKS=128,

@@ -23,7 +23,7 @@ from multipole_kernels.decode_buffers import DecodePlan, DecodeWorkspace, PoolLa
 from multipole_kernels.take_out_clusters import take_out_clusters
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_splits", "num_out_splits", "cluster_capacity", "slot_capacity"])
 def _exact_attention_kernel(
     q_ptr,  # [num_rows, NUM_KV_HEADS, GROUP, HEAD_DIM]
     k_cache_ptr,  # [num_slots, NUM_KV_HEADS, HEAD_DIM]
@@ -78,60 +78,72 @@ def _exact_attention_kernel(
     OVERLAP: tl.constexpr,
 ):
     """One program takes one split of one (row, KV head)'s tokens or clusters."""
-    if OVERLAP:
-        gdc_wait()
-        gdc_launch_dependents()
     # the first blocks take tokens, the last num_out_splits take clusters out
     split = tl.program_id(0)
     row = tl.program_id(1) // NUM_KV_HEADS
     head = tl.program_id(1) % NUM_KV_HEADS
     row_head = tl.program_id(1).to(tl.int64)
+    offs_group = tl.arange(0, BLOCK_GROUP)
+    mask_group = offs_group < GROUP
+    offs_dim = tl.arange(0, BLOCK_D)
+    # a query head is a column
+    mask_part = mask_group[None, :] & (offs_dim < HEAD_DIM)[:, None]
+    # the query is older than the selection
+    # [BLOCK_D, BLOCK_GROUP]
+    q = tl.load(
+        q_ptr
+        + row.to(tl.int64) * stride_q_row
+        + (head * GROUP + offs_group[None, :]) * HEAD_DIM
+        + offs_dim[:, None],
+        mask=mask_part,
+        other=0.0,
+    )
+    item_begin = tl.load(item_indptr_ptr + row)
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
     num_tokens = tl.load(num_selected_tokens_ptr + row_head)
     num_clusters = tl.load(num_selected_clusters_ptr + row_head)
-    tokens_per_split = tl.cdiv(tl.cdiv(num_tokens, BLOCK_TOKENS), num_splits) * BLOCK_TOKENS
-    clusters_per_split = (
-        tl.cdiv(tl.cdiv(num_clusters, BLOCK_CLUSTERS), num_out_splits) * BLOCK_CLUSTERS
-    )
-    token_parts = tl.cdiv(num_tokens, tl.maximum(tokens_per_split, 1))
-    num_parts = token_parts + tl.cdiv(num_clusters, tl.maximum(clusters_per_split, 1))
+    # a block takes every num_splits-th tile, so that it can load its first slots or clusters before
+    # it knows how many there are
     out_split = split - num_splits
+    slots_ptr = selected_slots_ptr + row_head * slot_capacity
+    clusters_ptr = selected_clusters_ptr + row_head * cluster_capacity
+    offs_token = split * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    offs_cluster = out_split * BLOCK_CLUSTERS + tl.arange(0, BLOCK_CLUSTERS)
+    mask_token = (out_split < 0) & (offs_token < slot_capacity)
+    mask_cluster = (offs_cluster >= 0) & (offs_cluster < cluster_capacity)
+    first_slot = tl.load(slots_ptr + offs_token, mask=mask_token, other=0)
+    first_cluster = tl.load(clusters_ptr + offs_cluster, mask=mask_cluster, other=0)
+    token_parts = tl.minimum(tl.cdiv(num_tokens, BLOCK_TOKENS), num_splits)
+    out_parts = tl.minimum(tl.cdiv(num_clusters, BLOCK_CLUSTERS), num_out_splits)
+    num_parts = token_parts + out_parts
     # a row that selects nothing is written by its first block
     part = split
     if out_split >= 0:
         part = token_parts + out_split
-        if out_split * clusters_per_split >= num_clusters:
+        if out_split >= out_parts:
             return
     elif split >= tl.maximum(token_parts, 1):
         return
 
-    offs_group = tl.arange(0, BLOCK_GROUP)
-    mask_group = offs_group < GROUP
-    offs_dim = tl.arange(0, BLOCK_D)
-    mask_part = mask_group[:, None] & (offs_dim < HEAD_DIM)[None, :]
     # int64: rows * heads * splits * head_dim
     first_part = row_head * (num_splits + num_out_splits) * GROUP
     if num_parts > 0:
-        # [BLOCK_GROUP, BLOCK_D]
-        q = tl.load(
-            q_ptr
-            + row.to(tl.int64) * stride_q_row
-            + (head * GROUP + offs_group[:, None]) * HEAD_DIM
-            + offs_dim[None, :],
-            mask=mask_part,
-            other=0.0,
-        )
         max_log2 = tl.full([BLOCK_GROUP], float("-inf"), tl.float32)
         weight_sum = tl.zeros([BLOCK_GROUP], tl.float32)
-        acc = tl.zeros([BLOCK_GROUP, BLOCK_D], tl.float32)
+        acc = tl.zeros([BLOCK_D, BLOCK_GROUP], tl.float32)
         if out_split < 0:
             max_log2, weight_sum, acc = attend_slots(
                 max_log2,
                 weight_sum,
                 acc,
                 q,
-                selected_slots_ptr + row_head * slot_capacity,
-                split * tokens_per_split,
-                tl.minimum((split + 1) * tokens_per_split, num_tokens),
+                slots_ptr,
+                split * BLOCK_TOKENS,
+                num_tokens,
+                num_splits * BLOCK_TOKENS,
+                first_slot,
                 k_cache_ptr + head * HEAD_DIM,
                 v_cache_ptr + head * HEAD_DIM,
                 stride_slot,
@@ -145,10 +157,12 @@ def _exact_attention_kernel(
                 max_log2,
                 weight_sum,
                 acc,
-                selected_clusters_ptr + row_head * cluster_capacity,
-                out_split * clusters_per_split,
-                tl.minimum((out_split + 1) * clusters_per_split, num_clusters),
-                tl.load(item_indptr_ptr + row),
+                clusters_ptr,
+                out_split * BLOCK_CLUSTERS,
+                num_clusters,
+                num_out_splits * BLOCK_CLUSTERS,
+                first_cluster,
+                item_begin,
                 head,
                 item_place_ptr,
                 value_centroids_ptr,
@@ -174,7 +188,7 @@ def _exact_attention_kernel(
         tl.store(part_max_ptr + offs_part, max_log2, mask=mask_group)
         tl.store(part_sum_ptr + offs_part, weight_sum, mask=mask_group)
         tl.store(
-            part_acc_ptr + offs_part[:, None] * HEAD_DIM + offs_dim[None, :], acc, mask=mask_part
+            part_acc_ptr + offs_part[None, :] * HEAD_DIM + offs_dim[:, None], acc, mask=mask_part
         )
         # every thread's stores come before the arrival that announces them
         tl.debug_barrier()
@@ -302,7 +316,7 @@ def exact_attention(
         CLUSTERS=workspace.clusters_per_segment,
         cluster_capacity=workspace.selected_clusters.shape[2],
         slot_capacity=workspace.selected_capacity,
-        BLOCK_GROUP=16,  # tl.dot needs 16 rows
+        BLOCK_GROUP=max(8, merge_group),  # columns of a dot
         BLOCK_D=block_d,
         BLOCK_TOKENS=config.exact_block_tokens,
         BLOCK_CLUSTERS=32,

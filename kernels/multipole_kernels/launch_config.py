@@ -17,14 +17,13 @@ class LaunchConfig:
     """Block shapes, warps and pipeline depths of the three launches of a decode step."""
 
     num_sms: int
-    # coarse attention: tokens a block gathers at a time; blocks a step per multiprocessor, in one
-    # wave while chunks are short, in several when there is enough work
+    # coarse attention: tokens a block gathers at a time
     coarse_block_tokens: int = 64
     coarse_num_warps: int = 4
-    coarse_num_stages: int = 3
+    coarse_num_stages: int = 2
     coarse_max_registers: int | None = None
-    coarse_blocks_per_wave: int = 3
-    coarse_blocks_per_sm: int = 12
+    # blocks that fit a multiprocessor, with 16-bit and with 8-bit centroids
+    coarse_resident_blocks: tuple[int, int] = (2, 3)
     # selection: threads of a block; clusters of a row, of 8 bytes each, held in shared memory
     select_threads: int = 1024
     select_resident_clusters: int = 8192
@@ -42,7 +41,7 @@ class LaunchConfig:
 
 _BY_CAPABILITY: dict[int, dict[str, object]] = {
     # Ampere (A100, 164 KiB; 86 and 89 have 100 KiB): reasoned
-    8: {"coarse_num_stages": 2, "exact_num_stages": 2},
+    8: {"exact_num_stages": 2},
     # Hopper: measured
     9: {"overlap_launches": True},
     # Blackwell: reasoned, as Hopper

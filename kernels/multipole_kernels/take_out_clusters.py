@@ -16,10 +16,12 @@ from multipole_kernels.attention_state import dot, finite_or_zero, tail_above_sc
 def take_out_clusters(
     max_log2,  # [BLOCK_GROUP]
     weight_sum,
-    acc,  # [BLOCK_GROUP, BLOCK_D]
+    acc,  # [BLOCK_D, BLOCK_GROUP]
     clusters_ptr,
     begin,
     end,
+    step,  # from one tile to the next, at least BLOCK_CLUSTERS
+    cluster,  # [BLOCK_CLUSTERS] the first tile's
     item_begin,
     head,
     item_place_ptr,
@@ -42,50 +44,51 @@ def take_out_clusters(
     HAS_SCALE: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """The state with the coarse contribution of clusters_ptr[begin:end] subtracted."""
+    """The state with tiles of the clusters at clusters_ptr[begin:end] taken out, one every step."""
     offs_group = tl.arange(0, BLOCK_GROUP)
     offs_dim = tl.arange(0, BLOCK_D)
     mask_dim = offs_dim < HEAD_DIM
-    for first in range(begin, end, BLOCK_CLUSTERS):
+    for first in range(begin, end, step):
         nth = first + tl.arange(0, BLOCK_CLUSTERS)
         mask = nth < end
         # [BLOCK_CLUSTERS]
-        cluster = tl.load(clusters_ptr + nth, mask=mask, other=0)
         item = item_begin + cluster // CLUSTERS
         place = tl.load(item_place_ptr + item, mask=mask, other=0).to(tl.int64)
         within = (place * NUM_KV_HEADS + head) * CLUSTERS + cluster % CLUSTERS
         sizes = tl.load(cluster_sizes_ptr + within, mask=mask, other=0)
         variance = tl.load(key_variance_ptr + within, mask=mask, other=0.0)
-        # [BLOCK_GROUP, BLOCK_CLUSTERS]
-        item_head = (item.to(tl.int64) * NUM_KV_HEADS + head)[None, :] * GROUP + offs_group[:, None]
-        mask_weight = mask[None, :] & (offs_group < GROUP)[:, None]
+        # [BLOCK_CLUSTERS, BLOCK_GROUP]
+        item_head = (item.to(tl.int64) * NUM_KV_HEADS + head)[:, None] * GROUP + offs_group[None, :]
+        mask_weight = mask[:, None] & (offs_group < GROUP)[None, :]
         shift = tl.load(weight_shift_ptr + item_head, mask=mask_weight, other=float("-inf"))
         spread = tl.load(logit_spread_ptr + item_head, mask=mask_weight, other=0.0)
         weight = tl.load(
-            cluster_weight_ptr + item_head * CLUSTERS + (cluster % CLUSTERS)[None, :],
+            cluster_weight_ptr + item_head * CLUSTERS + (cluster % CLUSTERS)[:, None],
             mask=mask_weight,
             other=0.0,
         ).to(tl.float32)
-        above_score = tail_above_score(spread * variance[None, :], sizes, max_logit_variance)
-        new_max = tl.maximum(max_log2, tl.ceil(tl.max(shift, 1) + tail_bound))
+        logit_variance = spread * variance[:, None]
+        above_score = tail_above_score(logit_variance, sizes[:, None], max_logit_variance)
+        new_max = tl.maximum(max_log2, tl.ceil(tl.max(shift, 0) + tail_bound))
         new_shift = finite_or_zero(new_max)
         # as coarse attention weighed it
-        weight *= tl.exp2(above_score + (shift - new_shift[:, None]))
+        weight *= tl.exp2(above_score + (shift - new_shift[None, :]))
         rescale = tl.exp2(max_log2 - new_shift)
-        # [BLOCK_CLUSTERS, BLOCK_D]
+        # [BLOCK_D, BLOCK_CLUSTERS]
         values = tl.load(
-            value_centroids_ptr + within[:, None] * HEAD_DIM + offs_dim[None, :],
-            mask=mask[:, None] & mask_dim[None, :],
+            value_centroids_ptr + within[None, :] * HEAD_DIM + offs_dim[:, None],
+            mask=mask[None, :] & mask_dim[:, None],
             other=0.0,
         )
-        weight_sum = weight_sum * rescale - tl.sum(weight, 1)
+        weight_sum = weight_sum * rescale - tl.sum(weight, 0)
         if HAS_SCALE:
             value_scale = tl.load(value_scale_ptr + within, mask=mask, other=0.0)
             largest = tl.maximum(tl.max(value_scale, 0), 1e-30)
-            weight *= (value_scale / largest)[None, :]
-            taken_out = dot(weight.to(tl.float16), values.to(tl.float16)) * largest
+            weight *= (value_scale / largest)[:, None]
+            taken_out = dot(values.to(tl.float16), weight.to(tl.float16)) * largest
         else:
-            taken_out = dot(weight.to(DTYPE), values)
-        acc = acc * rescale[:, None] - taken_out
+            taken_out = dot(values, weight.to(DTYPE))
+        acc = acc * rescale[None, :] - taken_out
         max_log2 = new_max
+        cluster = tl.load(clusters_ptr + nth + step, mask=nth + step < end, other=0)
     return max_log2, weight_sum, acc
