@@ -85,7 +85,9 @@ def test_tensor_parallel_ranks_do_the_same_steps(model: Path):
         [*FLAGS, *TENSOR_PARALLEL, *multipole()],
         [*FLAGS, *multipole()],
     ]
-    with running(model, flag_lists) as (server, single):
+    # the single server fills one of the two GPUs, which SGLang would not start over
+    environment = {"SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0"}
+    with running(model, flag_lists, environment) as (server, single):
         pairs = [(ask(server, prompt), ask(single, prompt)) for prompt in prompts()]
         for prompt, (answer, expected) in zip(prompts(), pairs, strict=True):
             # token counts decide what is sparse, on two ranks as on one

@@ -86,7 +86,9 @@ def test_the_default_server_and_its_dense_twin(model_path: Path):
             assert activity(answer)["sparse_steps"] == 0
             assert activity(answer)["dense_steps"] == 47
         state = report(server)
-        assert state["dense_steps"]["below_min_context"] == before + 8 * 47
+        # with overlap scheduling a request that has ended is in one more step
+        steps = state["dense_steps"]["below_min_context"] - before
+        assert 8 * 47 <= steps <= 8 * 48
         graphs = state["graphs"]
         assert graphs["sparse"]["graphs"] == graphs["dense"]["graphs"] > 4
         assert graphs["sparse"]["seconds"] > 0
