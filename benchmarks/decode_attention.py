@@ -4,11 +4,14 @@
 
 Per shape: the output is checked against the float32 reference first; then the three launches of a
 layer are timed together and one by one, in CUDA-graph replays over several layers' inputs, so that
-each finds L2 cold. The plan, once a step, is counted as 1 / NUM_LAYERS. Keys are a mixture with
-position structure (tests/decode_case.py), really clustered; slots lie in no order.
+each finds L2 cold. The snapshot and the plan, once a step, count as 1 / NUM_LAYERS. Keys are a
+mixture with position structure (tests/decode_case.py), really clustered; slots lie in no order.
+Segments, clusters and buffers are as a server has them by default.
 
 Columns: bytes are what must be read and written once (centroids, selected and always-exact tokens,
 weights written and read); share_of_read is their rate over the card's measured read bandwidth.
+exact_flashinfer_us is FlashInfer's paged decode over the selected tokens alone, each (row, KV head)
+as a request of its own: what the exact launch would take if it had nothing else to do.
 """
 
 from __future__ import annotations
@@ -16,11 +19,14 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import subprocess
 import sys
 
 import torch
 import triton
 
+from benchmarks.dense_baselines import flashinfer_version, selected_flashinfer, time_dense
+from benchmarks.step_work import time_snapshot
 from benchmarks.timing import (
     Quantiles,
     copies_for_cold_l2,
@@ -39,19 +45,25 @@ NUM_RECENT = 200  # between one and two recluster intervals
 MAX_RELATIVE_ERROR = 6e-3  # bfloat16 against float32
 # clusters that rank alike to the rounding of their float16 weights may be taken either way
 MAX_DIFFERENT = 0.02
-# contexts x batches x budgets in tokens, or a share of the context
+# (context, batch, KV heads): budgets in tokens, or a share of the context
 SHAPES = {
-    (131072, 16): (512, 1024, 0.05, 0.1),
-    (131072, 1): (512, 1024, 0.05),
-    (131072, 4): (1024, 0.05),
-    (32768, 16): (128, 512, 1024, 0.05, 0.1),
-    (32768, 1): (512, 1024),
-    (8192, 16): (512, 1024),
-    (8192, 1): (512, 1024),
-    (32768, 4): (512, 1024),
-    (8192, 4): (512, 1024),
-    (524288, 1): (1024,),
+    (131072, 16, 8): (512, 1024, 0.05, 0.1),
+    (131072, 4, 8): (512, 1024, 0.05),
+    (131072, 1, 8): (512, 1024, 0.05),
+    (32768, 16, 8): (512, 1024, 0.05, 0.1),
+    (32768, 4, 8): (512, 1024),
+    (32768, 1, 8): (512, 1024),
+    (8192, 16, 8): (512, 1024),
+    (8192, 4, 8): (512,),
+    (8192, 1, 8): (512, 1024),
+    (65536, 1, 8): (512,),
+    (524288, 1, 8): (512, 1024),
+    (131072, 16, 4): (512, 1024),
+    (32768, 1, 4): (512,),
 }
+NUM_Q_HEADS, HEAD_DIM = 32, 128
+SEGMENT_SIZE, CLUSTERS = 2048, 128
+MAX_TOKEN_BUDGET = 4096  # what the buffers are made for, if no budget is larger
 
 
 def with_centroids(case: DecodeCase, name: str) -> DecodeCase:
@@ -78,90 +90,11 @@ def bytes_moved(case: DecodeCase) -> int:
     size = pool.key_centroids.element_size()
     per_cluster = 2 * head_dim * size + 2 + 4 + (8 if size == 1 else 0)
     per_cluster += 2 * 2 * workspace.gqa_group_size  # weights, written and read
+    per_item = 4 * (head_dim // 2) + 3 * 4 * workspace.gqa_group_size  # pair weight; shift, spread
     exact = int(case.plan.exact_indptr[-1]) * heads
     selected = int(workspace.num_selected_tokens[: len(case.rows)].sum())
-    return clusters * per_cluster + (exact + selected) * 2 * head_dim * 2
-
-
-def dense_flashinfer(layers: list[DecodeCase], out: torch.Tensor):
-    """FlashInfer's paged decode over the same slots, one call per layer."""
-    import flashinfer
-
-    case = layers[0]
-    num_kv_heads, head_dim = case.k_cache.shape[1:]
-    lengths = torch.tensor([0] + [len(row.slots) for row in case.rows])
-    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
-        torch.empty(256 << 20, dtype=torch.uint8, device="cuda"), "NHD", use_tensor_cores=True
-    )
-    wrapper.plan(
-        lengths.cumsum(0).int().cuda(),
-        torch.cat([row.slots for row in case.rows]).int(),
-        torch.ones(len(case.rows), dtype=torch.int32, device="cuda"),
-        case.q.shape[1],
-        num_kv_heads,
-        head_dim,
-        1,
-        q_data_type=case.q.dtype,
-        kv_data_type=case.q.dtype,
-    )
-
-    def call(layer: DecodeCase):
-        return wrapper.run(
-            layer.q, (layer.k_cache.unsqueeze(1), layer.v_cache.unsqueeze(1)), out=out
-        )
-
-    return [lambda layer=layer: call(layer) for layer in layers]
-
-
-def dense_sglang(layers: list[DecodeCase], out: torch.Tensor):
-    """SGLang's Triton decode, with the split count its backend would choose at most."""
-    from sglang.kernels.ops.attention import decode_attention
-
-    case = layers[0]
-    rows, q_heads, head_dim = case.q.shape
-    splits = 16
-    logits = torch.empty(rows, q_heads, splits, head_dim, device="cuda")
-    lse = torch.empty(rows, q_heads, splits, device="cuda")
-    lengths = torch.tensor([0] + [len(row.slots) for row in case.rows])
-    indptr = lengths.cumsum(0).int().cuda()
-    indices = torch.cat([row.slots for row in case.rows]).to(torch.int64)
-    num_splits = torch.full((rows,), splits, dtype=torch.int32, device="cuda")
-
-    def call(layer: DecodeCase):
-        decode_attention.decode_attention_fwd(
-            layer.q, layer.k_cache, layer.v_cache, out, indptr, indices, logits, lse, num_splits,
-            splits, layer.sm_scale, 1.0, 1.0,
-        )  # fmt: skip
-
-    return [lambda layer=layer: call(layer) for layer in layers]
-
-
-def dense_error(case: DecodeCase, out: torch.Tensor) -> float:
-    """Relative error of the first row against dense attention in float32."""
-    slots = case.rows[0].slots
-    keys = case.k_cache[slots].float().transpose(0, 1)
-    values = case.v_cache[slots].float().transpose(0, 1)
-    q = case.q[0].float().view(keys.shape[0], -1, keys.shape[2])
-    truth = ((q @ keys.mT) * case.sm_scale).softmax(-1) @ values
-    return ((out[0].float().view_as(truth) - truth).norm() / truth.norm()).item()
-
-
-def time_dense(layers: list[DecodeCase], providers: list[str]) -> dict[str, tuple]:
-    results = {}
-    for provider in providers:
-        # its offsets are int32: 2^31 elements of KV is beyond it
-        if provider == "sglang-triton" and layers[0].k_cache.numel() >= 1 << 31:
-            continue
-        out = torch.full_like(layers[0].q, torch.nan)
-        make = {"flashinfer": dense_flashinfer, "sglang-triton": dense_sglang}[provider]
-        try:
-            calls = make(layers, out)
-            calls[0]()
-            error = dense_error(layers[0], out)
-            results[provider] = (time_graph(calls, replays=20), error)
-        except Exception as error:
-            print(f"  {provider}: {type(error).__name__}: {str(error)[:150]}", flush=True)
-    return results
+    moved = clusters * per_cluster + items * heads * per_item
+    return moved + (exact + selected) * 2 * head_dim * 2
 
 
 def bench_shape(context, batch, budgets, num_kv_heads, options, environment) -> list[dict]:
@@ -170,13 +103,14 @@ def bench_shape(context, batch, budgets, num_kv_heads, options, environment) -> 
         [context] * batch,
         [max(budgets)] * batch,
         num_kv_heads=num_kv_heads,
-        gqa_group_size=32 // num_kv_heads if num_kv_heads == 8 else 8,
-        head_dim=128,
-        segment_size=1024,
-        clusters_per_segment=64,
+        gqa_group_size=NUM_Q_HEADS // num_kv_heads,
+        head_dim=HEAD_DIM,
+        segment_size=SEGMENT_SIZE,
+        clusters_per_segment=CLUSTERS,
         recent=NUM_RECENT,
     )
-    kv_bytes = 2 * context * batch * num_kv_heads * 128 * 2
+    kv_bytes = 2 * context * batch * num_kv_heads * HEAD_DIM * 2
+    snapshot = time_snapshot(base)
     copies = copies_for_cold_l2(base.pool_layer.key_centroids.nbytes)
     layers = [base] + [copy_layer(base) for _ in range(copies - 1)]
     dense = time_dense(layers, options.dense)
@@ -205,22 +139,29 @@ def bench_shape(context, batch, budgets, num_kv_heads, options, environment) -> 
         print(f"  {provider:22s} {quantiles.p50_us:8.1f} us  error {error:.1e}", flush=True)
     for name in options.centroids:
         named = [with_centroids(layer, name) for layer in layers]
+        element_size = named[0].pool_layer.key_centroids.element_size()
         for budget in budgets:
             case = named[0]
             case.budgets = [budget] * batch
             for layer in named:
                 layer.plan.token_budget.fill_(budget)
             out = torch.full_like(case.q, torch.nan)
-            calls = stage_calls(named, out, {})
+            calls = stage_calls(named, out, {}, max(MAX_TOKEN_BUDGET, budget))
             error, different, expected = relative_error(case, out, 0)
             if not error <= MAX_RELATIVE_ERROR or different > MAX_DIFFERENT * expected:
                 print(f"  {name}, budget {budget}: error {error:.1e}, {different} of {expected}")
                 options.failed = True
                 continue
             stages = {stage: time_graph(calls[stage], replays=20) for stage in calls}
-            plan = time_graph([lambda case=case: plan_chunks(case.plan, case.workspace, batch)])
+            plan = time_graph(
+                [
+                    lambda case=case, size=element_size: plan_chunks(
+                        case.plan, case.workspace, batch, size
+                    )
+                ]
+            )
             whole = stages["all"]
-            add_us = plan.p50_us / NUM_LAYERS
+            add_us = (plan.p50_us + snapshot.p50_us) / NUM_LAYERS
             total = Quantiles(whole.p20_us + add_us, whole.p50_us + add_us, whole.p80_us + add_us)
             moved = bytes_moved(case)
             selected = case.workspace.num_selected_tokens[:batch].float()
@@ -231,10 +172,15 @@ def bench_shape(context, batch, budgets, num_kv_heads, options, environment) -> 
                 "clusters_selected_differently": different,
                 "mean_selected_tokens": selected.mean().item(),
                 "plan_us": plan.p50_us,
+                "snapshot_us": snapshot.p50_us,
                 **{f"{stage}_us": stages[stage].p50_us for stage in ("coarse", "select", "exact")},
             }
             if "flashinfer" in dense:
                 columns["ratio_to_flashinfer"] = dense["flashinfer"][0].p50_us / total.p50_us
+            if "flashinfer" in dense:
+                columns["exact_flashinfer_us"] = time_graph(
+                    selected_flashinfer(named), replays=20
+                ).p50_us
             add("multipole", total, moved, **columns)
             print(
                 f"  {name:5s} budget {budget:6d} {total.p50_us:8.1f} us = coarse "
@@ -246,11 +192,16 @@ def bench_shape(context, batch, budgets, num_kv_heads, options, environment) -> 
     return rows
 
 
+def driver_version() -> str:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--csv", default="decode_attention.csv")
     parser.add_argument("--commit", default="unknown")
-    parser.add_argument("--centroids", default="bf16,int8,fp8")
+    parser.add_argument("--centroids", default="bf16,int8")
     parser.add_argument("--dense", default="flashinfer,sglang-triton")
     parser.add_argument("--contexts", default="", help="only these, comma separated")
     options = parser.parse_args()
@@ -263,15 +214,17 @@ def main() -> None:
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,
+        "driver": driver_version(),
+        "flashinfer": flashinfer_version(options.dense),
         "copy_bytes_per_s": copy_bandwidth(),
         "read_bytes_per_s": read_bandwidth(),
     }
     print(environment)
     rows: list[dict] = []
-    for (context, batch), budgets in SHAPES.items():
+    for (context, batch, num_kv_heads), budgets in SHAPES.items():
         if contexts and context not in contexts:
             continue
-        rows += bench_shape(context, batch, budgets, 8, options, environment)
+        rows += bench_shape(context, batch, budgets, num_kv_heads, options, environment)
         torch.cuda.empty_cache()
         columns = list(dict.fromkeys(column for row in rows for column in row))
         with open(options.csv, "w", newline="") as file:

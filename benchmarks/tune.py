@@ -34,16 +34,16 @@ from tests.decode_case import attention_given_selection, make_case, reference_in
 CENTROIDS = {"bf16": None, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
 CANDIDATES = {
     "coarse": {
-        "coarse_max_registers": (None, 128),
-        "coarse_num_stages": (3, 4),
-        "coarse_blocks_per_wave": (3, 4),
+        "coarse_num_warps": (4, 8),
+        "coarse_num_stages": (2, 3),
+        "coarse_resident_blocks": ((2, 3), (1, 2), (3, 4)),
     },
     "select": {"select_threads": (512, 1024)},
     "exact": {"exact_max_registers": (None, 128), "exact_blocks_per_sm": (2, 3, 4, 6)},
 }
 
 
-def with_config(case, overrides):
+def with_config(case, overrides, budget_capacity=None):
     """The case with a workspace of another configuration."""
     old = case.workspace
     config = dataclasses.replace(launch_config(case.q.device), **overrides)
@@ -51,7 +51,7 @@ def with_config(case, overrides):
         max_rows=old.max_rows,
         max_items=old.max_items,
         max_items_per_row=old.max_items_per_row,
-        budget_capacity=old.budget_capacity,
+        budget_capacity=budget_capacity or old.budget_capacity,
         num_kv_heads=old.num_kv_heads,
         gqa_group_size=old.gqa_group_size,
         head_dim=old.head_dim,
@@ -66,9 +66,9 @@ def with_config(case, overrides):
     return case
 
 
-def stage_calls(layers, out, overrides):
+def stage_calls(layers, out, overrides, budget_capacity=None):
     """The launches of a step by name, each as a list of calls over the layers."""
-    case = with_config(layers[0], overrides)
+    case = with_config(layers[0], overrides, budget_capacity)
     workspace = case.workspace
     # a launch timed alone finds the workspace as a whole step leaves it
     multipole_decode(
@@ -139,8 +139,8 @@ def tune_shape(context, batch, budget, centroids, stages):
         num_kv_heads=8,
         head_dim=128,
         centroid_dtype=CENTROIDS[centroids],
-        segment_size=1024,
-        clusters_per_segment=64,
+        segment_size=2048,
+        clusters_per_segment=128,
         recent=200,
     )
     out = torch.full_like(case.q, torch.nan)
