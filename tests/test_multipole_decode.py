@@ -159,6 +159,15 @@ def test_a_smaller_batch_uses_the_same_workspace():
     torch.testing.assert_close(run(case), whole[:1], rtol=0.02, atol=0.02)
 
 
+@pytest.mark.parametrize("factor", [2.0**-8, 2.0**9])
+def test_8_bit_values_of_any_magnitude(factor):
+    """Weights times scales are float16: neither too small nor too large for it."""
+    case = make_case([600], [64], centroid_dtype=torch.int8)
+    case.v_cache *= factor
+    case.pool_layer.value_scale *= factor
+    assert_matches_reference(case, run(case))
+
+
 def test_rejects_centroids_of_another_dtype():
     case = make_case([600], [64])
     case.pool_layer.key_centroids = case.pool_layer.key_centroids.float()

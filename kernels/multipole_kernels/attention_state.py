@@ -17,6 +17,10 @@ import triton.language as tl
 from multipole_kernels.decode_buffers import DecodeWorkspace
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+# by which the float16 product of a weight, at most 1, and an 8-bit value's scale is raised: values
+# of up to 8,000 fit, and the weights of values of 0.005 keep their precision. A power of two, so
+# that a weight rounds to the same digits whatever a state's maximum is
+VALUE_FACTOR = tl.constexpr(1024.0)
 # the interpreter multiplies bfloat16 matrices as the integers it keeps them in
 _INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 

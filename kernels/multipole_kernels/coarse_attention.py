@@ -26,6 +26,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from multipole_kernels.attention_state import (
     LOG2_E,
+    VALUE_FACTOR,
     attend_slots,
     dot,
     finite_or_zero,
@@ -245,13 +246,10 @@ def _coarse_attention_kernel(
             weight_sums = weight_sums * rescale[None, :] + weight
             max_log2 = new_max
             if EIGHT_BITS:
-                # relative to the largest scale, so that weights keep float16's precision
-                largest = tl.maximum(tl.max(value_scale, 0), 1e-30)
-                scaled = (weight * (value_scale / largest)[:, None]).to(tl.float16)
+                scaled = (weight * (value_scale * VALUE_FACTOR)[:, None]).to(tl.float16)
                 values_low, values_high = _unpack(values, IS_INT8)
-                largest *= UNPACK_SCALE
-                acc = acc * rescale[None, :] + dot(values_low, scaled) * largest
-                acc_high = acc_high * rescale[None, :] + dot(values_high, scaled) * largest
+                acc = acc * rescale[None, :] + dot(values_low, scaled)
+                acc_high = acc_high * rescale[None, :] + dot(values_high, scaled)
                 key_scale = next_key_scale
                 value_scale = next_value_scale
             else:
@@ -260,6 +258,9 @@ def _coarse_attention_kernel(
             variance = next_variance
             pair_weight = next_pair_weight
         weight_sum = tl.sum(weight_sums, 0)
+        if EIGHT_BITS:
+            acc *= UNPACK_SCALE / VALUE_FACTOR
+            acc_high *= UNPACK_SCALE / VALUE_FACTOR
         _store_heads(part_acc_ptr, acc, 0, PER_WORD, GROUP, WORDS, BLOCK_GROUP, BLOCK_WORDS)
         if EIGHT_BITS:
             _store_heads(

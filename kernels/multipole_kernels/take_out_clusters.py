@@ -9,7 +9,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from multipole_kernels.attention_state import dot, finite_or_zero, tail_above_score
+from multipole_kernels.attention_state import (
+    VALUE_FACTOR,
+    dot,
+    finite_or_zero,
+    tail_above_score,
+)
 
 
 @triton.jit
@@ -83,9 +88,8 @@ def take_out_clusters(
         weight_sum = weight_sum * rescale - tl.sum(weight, 0)
         if HAS_SCALE:
             value_scale = tl.load(value_scale_ptr + within, mask=mask, other=0.0)
-            largest = tl.maximum(tl.max(value_scale, 0), 1e-30)
-            weight *= (value_scale / largest)[:, None]
-            taken_out = dot(values.to(tl.float16), weight.to(tl.float16)) * largest
+            weight *= (value_scale * VALUE_FACTOR)[:, None]
+            taken_out = dot(values.to(tl.float16), weight.to(tl.float16)) / VALUE_FACTOR
         else:
             taken_out = dot(values, weight.to(DTYPE))
         acc = acc * rescale[None, :] - taken_out
