@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 from typing import Any
 
 import torch
@@ -15,8 +14,6 @@ from sglang_multipole.config import MultipoleConfig
 from sglang_multipole.runtime import DecodePath, MultipoleRuntime
 from sglang_multipole.segment_builder import KVLayer, SegmentBuilder
 from sglang_multipole.torch_path import TorchPath
-
-logger = logging.getLogger(__name__)
 
 RUNTIME_ATTRIBUTE = "_multipole"
 
@@ -54,24 +51,6 @@ def attach_runtime(runner: Any, values: dict[str, Any]) -> None:
     runtime = MultipoleRuntime(config, pool, builder, path, audit)
     _watch(runner.token_to_kv_pool_allocator, runtime)
     setattr(runner, RUNTIME_ATTRIBUTE, runtime)
-    kv_bytes = sum(layer.key_buffer.nbytes + layer.value_buffer.nbytes for layer in layers)
-    logger.info(
-        "Multipole attention: cluster pool %.3f GiB (%.1f %% of the KV pool), %d segments of %d "
-        "tokens; decode buffers %.3f GiB, for batches of up to %d requests and %d tokens",
-        pool.nbytes / 2**30,
-        100 * pool.nbytes / kv_bytes,
-        num_places - 1,
-        config.segment_size,
-        path.nbytes / 2**30,
-        path.limits.rows,
-        path.limits.tokens,
-    )
-    logger.info(
-        "Multipole attention: token budget %d (of a request: up to %d), exact below %s",
-        config.token_budget,
-        config.token_budget_limit,
-        config.min_context_text,
-    )
 
 
 def make_audit(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,11 +11,14 @@ from sglang_multipole import events_endpoint, log_suffix
 from sglang_multipole.events import EventPublisher
 from sglang_multipole.metrics import MultipoleMetrics
 from sglang_multipole.runtime import MultipoleRuntime
+from sglang_multipole.startup_summary import startup_summary
 from sglang_multipole.step_events import StepEvents
+
+logger = logging.getLogger(__name__)
 
 
 class Reporting:
-    """Tells operators of the runtime's steps.
+    """Tells operators of the runtime's steps; once made, what the server is.
 
     Args:
         collector: SGLang's metrics collector, None when metrics are off in this process.
@@ -36,6 +40,7 @@ class Reporting:
         self._runtime = runtime
         self._metrics = MultipoleMetrics(collector, runtime) if collector is not None else None
         log_suffix.install(runtime)
+        logger.info("%s", startup_summary(runtime, collector is not None))
         self.publisher: EventPublisher | None = None
         self._events: StepEvents | None = None
         endpoint = runtime.config.events_endpoint
