@@ -172,7 +172,7 @@ def summarize(
                 "p99_ms": quantile(everything, 0.99),
                 "p99_low_ms": quantile(p99s, 0.05),
                 "p99_high_ms": quantile(p99s, 0.95),
-                "max_ms": everything[-1],
+                "max_ms": round(everything[-1], 1),
                 "events_dropped": dropped,
             }
         )

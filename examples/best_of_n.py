@@ -11,33 +11,23 @@ attention its clusters are built once.
 from __future__ import annotations
 
 import argparse
-from pydoc_data.topics import topics
 from typing import Any
 
+import activity
+import document
 import sglang as sgl
 
-# chapters of the Python reference that every Python brings along: about 4,200 tokens
-CHAPTERS = ("try", "with", "raise", "exceptions")
 SYSTEM = "You are a helpful assistant. Answer from the given text, in one or two sentences."
 QUESTION = "According to the text: when does the else clause of a try statement run?"
 NUM_SAMPLES = 4
 MAX_ANSWER_TOKENS = 48
 TEMPERATURE = 0.4  # a model this small loses the thread above
 CHAT_TEMPLATE = "chatml"  # of the demo's model
-ACTIVITY_KEYS = (
-    "sparse_steps",
-    "dense_steps",
-    "exact_tokens",
-    "context_tokens",
-    "segments_built",
-    "segments_shared",
-)
 
 
 def build_prompt() -> str:
     """The document with the question behind it."""
-    document = "\n\n".join(topics[chapter].strip() for chapter in CHAPTERS)
-    return f"{document}\n\n{QUESTION}"
+    return f"{document.read(None)}\n\n{QUESTION}"
 
 
 @sgl.function
@@ -79,19 +69,12 @@ def run(url: str, num_samples: int = NUM_SAMPLES) -> dict[str, Any]:
 def show(result: dict[str, Any]) -> None:
     """Print the answers, the choice and what the attention code counted."""
     print(f"\nQuestion, behind {result['prompt_tokens']} tokens of shared prompt:\n  {QUESTION}")
-    for i, (answer, activity) in enumerate(
+    for i, (answer, counters) in enumerate(
         zip(result["answers"], result["activity"], strict=True), start=1
     ):
         chosen = "  <- chosen" if i - 1 == result["choice"] else ""
         print(f"\nAnswer {i}{chosen}\n  {answer}")
-        print(f"  {describe_activity(activity)}")
-
-
-def describe_activity(activity: dict[str, int] | None) -> str:
-    """One line of the counters in meta_info["multipole"]."""
-    if activity is None:
-        return "[no multipole counters: this server attends densely]"
-    return "[" + ", ".join(f"{key} {activity.get(key, '?')}" for key in ACTIVITY_KEYS) + "]"
+        print(f"  {activity.describe(counters)}")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import activity
 import best_of_n
 from sglang.lang.chat_template import get_chat_template
 
@@ -61,8 +62,8 @@ def run(model_path: Path, flags: list[str], folder: Path) -> None:
         _say("its greedy answer to the same prompt", began)
         dense = ask_greedy(server)
 
-    activity = best_of_n.describe_activity(sparse["meta_info"].get("multipole"))
-    print(f"\nGreedy, first server\n  {sparse['text'].strip()}\n  {activity}")
+    counters = activity.describe(sparse["meta_info"].get("multipole"))
+    print(f"\nGreedy, first server\n  {sparse['text'].strip()}\n  {counters}")
     print(f"\nGreedy, dense twin\n  {dense['text'].strip()}")
     position = find_difference(sparse["output_ids"], dense["output_ids"])
     if position is None:

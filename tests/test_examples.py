@@ -31,9 +31,9 @@ def test_the_first_difference_is_found(
 
 
 def test_absent_counters_are_said_and_present_ones_are_all_shown(demo: ModuleType) -> None:
-    describe = demo.best_of_n.describe_activity
+    describe = demo.activity.describe
     assert "no multipole counters" in describe(None)
-    counters = {key: i for i, key in enumerate(demo.best_of_n.ACTIVITY_KEYS)}
+    counters = {key: i for i, key in enumerate(demo.activity.KEYS)}
     assert all(f"{key} {i}" in describe(counters) for key, i in counters.items())
 
 
