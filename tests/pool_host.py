@@ -24,6 +24,7 @@ from sglang_multipole.runtime import MultipoleRuntime, PendingFeedback
 from sglang_multipole.segment_builder import KVLayer, SegmentBuilder
 from sglang_multipole.torch_path import TorchPath
 from tests.pool_request import MAX_LEN, Request
+from tests.pool_slots import SlotWatch
 
 HEADS, GROUP, DIM = 2, 2, 4
 NUM_TABLE_ROWS = 8191
@@ -87,9 +88,7 @@ class PoolHost:
         self.allocator = TokenToKVPoolAllocator(
             num_slots, torch.int64, "cpu", None, need_sort=sorts_slots
         )
-        self.is_live = np.zeros(num_slots + 1, bool)
-        self.births = np.zeros(num_slots + 1, np.int64)  # times a slot was handed out
-        self._poison_freed_slots()
+        self.slots = SlotWatch(self.allocator, self.layer, num_slots)
         self.tree = RadixCache(
             CacheInitParams(
                 disable=False,
@@ -114,38 +113,6 @@ class PoolHost:
         self.num_requests = 0
         # called with the requests of a decode step and its results, before they are processed
         self.after_step: Callable[[list[Request], PendingFeedback], None] = lambda *_: None
-
-    def _poison_freed_slots(self) -> None:
-        allocator = self.allocator
-        free, clear, alloc = allocator.free, allocator.clear, allocator.alloc
-
-        def poisoning_free(slots: torch.Tensor) -> None:
-            index = slots.long()
-            if allocator.is_not_in_free_group:
-                assert self.is_live[index.numpy()].all(), "SGLang freed a slot twice"
-                self.is_live[index.numpy()] = False
-            self.layer.key_buffer[index] = torch.nan
-            self.layer.value_buffer[index] = torch.nan
-            free(slots)
-
-        def poisoning_clear() -> None:
-            clear()
-            self.is_live[:] = False
-            self.layer.key_buffer.fill_(torch.nan)
-            self.layer.value_buffer.fill_(torch.nan)
-
-        def counting_alloc(count: int) -> torch.Tensor | None:
-            slots = alloc(count)
-            if slots is not None:
-                self.is_live[slots.numpy()] = True
-                self.births[slots.numpy()] += 1
-            return slots
-
-        allocator.free, allocator.clear, allocator.alloc = (
-            poisoning_free,
-            poisoning_clear,
-            counting_alloc,
-        )
 
     # ------------------------------------------------------------------ requests and prefill
 

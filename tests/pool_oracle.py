@@ -71,7 +71,7 @@ class Oracle:
             exact = exact_slots[exact_indptr[i] : exact_indptr[i + 1]]
             length = request.kv_committed_len
             slots = self.host.req_to_token.numpy()[request.req_pool_idx, :length]
-            assert self.host.is_live[slots].all(), f"{request.rid}: a slot of the row is free"
+            assert self.host.slots.is_live[slots].all(), f"{request.rid}: a slot of the row is free"
             extents = {k: extent for k, extent in enumerate(found[i]) if extent}
             self._check_extents(request, length, extents, feedback.plan.step)
             is_sparse = self._num_clustered(length) > 0
@@ -113,7 +113,7 @@ class Oracle:
 
         def slots_of(segment: int) -> int:
             slots = row[segment * size : (segment + 1) * size]
-            return hash((slots.tobytes(), self.host.births[slots].tobytes()))
+            return hash((slots.tobytes(), self.host.slots.births[slots].tobytes()))
 
         last_step, before_last, last = self.found.get(request.rid, (0, {}, {}))
         if last_step != step - 1:
@@ -162,7 +162,7 @@ class Oracle:
             if order.extent == size:
                 begin = order.segment * size
                 slots = self.host.req_to_token.numpy()[order.row, begin : begin + size]
-                key = hash((slots.tobytes(), self.host.births[slots].tobytes()))
+                key = hash((slots.tobytes(), self.host.slots.births[slots].tobytes()))
                 assert key not in self.held.values(), (
                     f"segment {order.segment} was clustered twice: it is in another place"
                 )

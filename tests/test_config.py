@@ -82,6 +82,41 @@ def test_any_dictionary_gives_a_configuration_or_a_named_error(values):
         assert config.to_dict() | values == config.to_dict()
 
 
+@st.composite
+def malformed(draw):
+    """(values, word): one key of a configuration is wrong, and the error must have the word."""
+    field = draw(st.sampled_from(dataclasses.fields(MultipoleConfig)))
+    kind = draw(st.sampled_from(["misspelt", "type", "limit"]))
+    limits = field.metadata.get("high") is not None
+    if kind == "misspelt":
+        name = field.name.replace("_", draw(st.sampled_from(["", "-", "__"])))
+        name += draw(st.sampled_from(["", "s", "_tokens"]))
+        if name == field.name:
+            name += "x"
+        return {name: field.default}, repr(name)
+    if kind == "limit" and limits:
+        low, high = field.metadata["low"], field.metadata["high"]
+        above, below = st.integers(high + 1, high * 9), st.integers(low - 1000, low - 1)
+        return {field.name: draw(above | below)}, f"{low} to {high}"
+    wrong = [st.lists(st.integers(), max_size=2), st.none(), st.just("no such value")]
+    if limits or field.metadata.get("is_text"):
+        wrong.append(st.booleans())
+    else:
+        wrong.append(st.integers())
+    return {field.name: draw(st.one_of(wrong))}, field.name
+
+
+@settings(max_examples=1000)
+@given(malformed())
+def test_each_of_a_thousand_malformed_configurations_gets_an_error_that_names_it(case):
+    values, word = case
+    for given_as in (values, json.dumps(values)):
+        with pytest.raises(ConfigError) as caught:
+            MultipoleConfig.parse(given_as)
+        assert word in str(caught.value)
+        assert len(str(caught.value)) < 900
+
+
 @given(st.text(max_size=40))
 def test_any_text_gives_a_configuration_or_a_named_error(text):
     with contextlib.suppress(ConfigError):

@@ -15,6 +15,13 @@ from tests.test_server_multipole import LONG, SHORT, SPARSE, TEXT, ask, state
 pytestmark = pytest.mark.server
 
 PREFIX = TEXT[20000:25500]
+# room for two prompts; thinking is stripped of the requests that say they think
+SMALL_CACHE = (
+    *SPARSE,
+    "--max-total-tokens=3072",
+    "--strip-thinking-cache",
+    "--reasoning-parser=deepseek-r1",
+)
 
 
 @pytest.fixture
@@ -94,8 +101,32 @@ def test_new_weights_with_a_flush_forget_the_old_segments(
     assert again["meta_info"]["multipole"]["segments_built"] == 1
 
 
+def test_stripped_thinking_leaves_the_prompts_segments_and_nothing_else(
+    get_server: GetServer,
+) -> None:
+    """SGLang frees the answer's slots at its end and keeps the prompt's in the radix cache."""
+    server = get_server(*SMALL_CACHE)
+    body = {
+        "text": PREFIX,
+        "require_reasoning": True,
+        "sampling_params": {"temperature": 0, "max_new_tokens": 24, "ignore_eos": True},
+    }
+    first = server.post("/generate", body)
+    assert first["meta_info"]["multipole"]["segments_built"] == 1
+    assert_nothing_leaked(server)
+    text = PREFIX + first["text"] + " And what follows from this?"
+    second = ask(server, text)
+    assert second["meta_info"]["cached_tokens"] <= first["meta_info"]["prompt_tokens"]
+    assert second["meta_info"]["cached_tokens"] > 1024
+    assert second["meta_info"]["multipole"]["segments_shared"] == 1
+    assert second["meta_info"]["multipole"]["dense_steps"] == 0
+    server.get("/flush_cache")
+    assert ask(server, text)["output_ids"] == second["output_ids"]
+    assert_nothing_leaked(server)
+
+
 def test_a_prefix_that_was_evicted_comes_back_in_other_slots(get_server: GetServer) -> None:
-    server = get_server(*SPARSE, "--max-total-tokens=3072")
+    server = get_server(*SMALL_CACHE)
     prompts = [TEXT[start : start + 4800] for start in (0, 20000, 40000, 60000)]
     first = [ask(server, prompt)["output_ids"] for prompt in prompts]
     again = ask(server, prompts[0])
