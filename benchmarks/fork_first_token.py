@@ -54,7 +54,8 @@ def measure(server: LocalServer) -> list[dict[str, Any]]:
     """One row a fork."""
     server.get("/flush_cache")
     prompt = demo.best_of_n_text()
-    run_together([TokenStream(server, prompt, 1)])
+    # as fork does
+    server.post("/generate", {"text": prompt, "sampling_params": {"max_new_tokens": 0}})
     sampling = {"temperature": best_of_n.TEMPERATURE}
     streams = [
         TokenStream(server, prompt, NUM_TOKENS, sampling) for _ in range(best_of_n.NUM_SAMPLES)
