@@ -4,7 +4,8 @@
 
 As in `make demo`: the prompt of examples/best_of_n.py is prefilled once, then as many answers are
 sampled from it side by side. The cache is emptied before each repeat, so that a multipole server
-clusters the prompt anew each time. Servers take turns; a row is one fork.
+clusters the prompt anew each time. Servers take turns; a row is one fork. `--overlap` has SGLang
+launch a step before it has sent the tokens of the one before, which is its default on a GPU.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import best_of_n
 import demo
 
+DISABLE_OVERLAP = "--disable-overlap-schedule"
 NUM_TOKENS = 8  # of each answer: the first, and steps during which the prompt is clustered
 
 
@@ -32,18 +34,23 @@ def main() -> int:
     parser.add_argument("--model-path", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=3, help="starts of each server")
     parser.add_argument("--repeats", type=int, default=3, help="of the forks, in each round")
+    parser.add_argument("--overlap", action="store_true", help="schedule with overlap")
     parser.add_argument("--csv", type=Path, required=True)
     arguments = parser.parse_args()
+    common = [flag for flag in demo.COMMON_FLAGS if flag != DISABLE_OVERLAP]
+    if not arguments.overlap:
+        common.append(DISABLE_OVERLAP)
     rows: list[dict[str, Any]] = []
     for round_number in range(arguments.rounds):
         for name, flags in (("dense", []), ("multipole", demo.MULTIPOLE_FLAGS)):
             with tempfile.TemporaryDirectory() as folder:
-                all_flags, log = [*demo.COMMON_FLAGS, *flags], Path(folder) / "server.log"
+                all_flags, log = [*common, *flags], Path(folder) / "server.log"
                 with LocalServer(arguments.model_path, all_flags, log) as server:
                     for repeat in range(arguments.repeats):
                         for fork, row in enumerate(measure(server)):
-                            place = {"server": name, "round": round_number, "repeat": repeat}
-                            rows.append(place | {"fork": fork} | row)
+                            place = {"overlap": arguments.overlap, "server": name}
+                            place |= {"round": round_number, "repeat": repeat, "fork": fork}
+                            rows.append(place | row)
                             print(rows[-1], flush=True)
             write(arguments.csv, rows)
     report(rows)

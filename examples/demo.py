@@ -17,7 +17,7 @@ import activity
 import best_of_n
 from sglang.lang.chat_template import get_chat_template
 
-from sglang_multipole import demo_model
+from sglang_multipole import cpu_host, demo_model
 from sglang_multipole.local_server import LocalServer
 
 MULTIPOLE_FLAGS = [
@@ -25,6 +25,10 @@ MULTIPOLE_FLAGS = [
     '--multipole-config={"token_budget": 256, "min_context": 2048}',
 ]
 COMMON_FLAGS = ["--max-total-tokens=16384", "--random-seed=1"]
+if cpu_host.is_needed():
+    # a CPU has computed a step when it has launched it: overlapped, a first token would wait for
+    # the next step, in which the prompt is clustered
+    COMMON_FLAGS.append("--disable-overlap-schedule")
 NUM_GREEDY_TOKENS = 48
 
 
