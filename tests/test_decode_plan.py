@@ -7,6 +7,7 @@ import torch
 
 from multipole_kernels.decode_buffers import DecodePlan, DecodeWorkspace
 from multipole_kernels.decode_plan import plan_chunks
+from multipole_kernels.launch_config import LaunchConfig
 
 pytestmark = pytest.mark.kernel
 
@@ -68,6 +69,36 @@ def test_chunks_cover_each_row_once(items, exact):
                 assert begin == position
                 position = end
             assert position == int(indptr[row + 1])
+            lengths = [end - begin for begin, end in covered[is_exact]]
+            assert not lengths or max(lengths) - min(lengths) <= 1
+
+
+@pytest.mark.parametrize(
+    ("items", "num_sms", "chunks", "longest"),
+    [
+        pytest.param([3], 100, 3, 1, id="the-shortest-that-run-at-once"),
+        pytest.param([64], 8, 11, 6, id="all-run-at-once"),
+        pytest.param([16, 16], 4, 6, 6, id="two-rows"),
+        pytest.param([64, 64], 4, 16, 8, id="too-many-to-run-at-once"),
+    ],
+)
+def test_chunks_are_as_short_as_lets_all_run_at_once(items, num_sms, chunks, longest):
+    """Centroids of 8 bits: 3 blocks of a multiprocessor run at once, for 2 KV heads."""
+    workspace = DecodeWorkspace(
+        max_rows=len(items),
+        max_items=sum(items),
+        max_items_per_row=max(items),
+        budget_capacity=128,
+        num_kv_heads=2,
+        gqa_group_size=4,
+        head_dim=64,
+        config=LaunchConfig(num_sms=num_sms),
+        device=DEVICE,
+    )
+    plan_chunks(make_plan(items, [0] * len(items)), workspace, len(items), 1)
+    assert int(workspace.chunk_indptr[len(items)]) == chunks
+    lengths = (workspace.chunk_end - workspace.chunk_begin)[:chunks]
+    assert int(lengths.max()) == longest
 
 
 def test_rejects_more_rows_than_the_workspace_has():
