@@ -131,3 +131,34 @@ def test_the_gate_is_that_of_the_batch():
     # the segments that were not ordered while the row was below the gate are ordered now
     assert [(order.row, order.segment) for order in both.orders] == [(1, 0), (1, 1), (1, 2)]
     assert not planner.plan(alone).is_sparse
+
+
+def test_each_batch_size_is_captured_twice_and_replayed_by_kind(backend, monkeypatch):
+    from sglang.srt.model_executor.runner.decode_cuda_graph_runner import DecodeCudaGraphRunner
+
+    from sglang_multipole.graph_runner import DENSE, SPARSE, GraphUsage, MultipoleDecodeGraphRunner
+
+    captured = []
+    monkeypatch.setattr(
+        DecodeCudaGraphRunner,
+        "capture_one_shape",
+        lambda self, size, *_: captured.append((backend.is_sparse, self._make_graph_key(size))),
+    )
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1000 - 100 * len(captured), 1000))
+    # without SGLang's constructor, which needs a model
+    runner = object.__new__(MultipoleDecodeGraphRunner)
+    runner._multipole = backend
+    runner._usage = usage = {SPARSE: GraphUsage(), DENSE: GraphUsage()}
+    for size in (2, 1):
+        runner.capture_one_shape(size, None)
+    kinds = [(is_sparse, key.size, key.variant_label) for is_sparse, key in captured]
+    assert kinds == [
+        (False, 2, "dense"),
+        (True, 2, "sparse"),
+        (False, 1, "dense"),
+        (True, 1, "sparse"),
+    ]
+    assert [(usage[kind].graphs, usage[kind].bytes) for kind in (SPARSE, DENSE)] == [(2, 200)] * 2
+    backend.is_sparse = False
+    assert runner._make_graph_key(2) == captured[0][1]
+    assert runner._make_graph_key(2, None, "lora").variant_label == "lora dense"
