@@ -25,7 +25,7 @@ import sys
 import torch
 import triton
 
-from benchmarks.dense_baselines import flashinfer_version, selected_flashinfer, time_dense
+from benchmarks.dense_baselines import flashinfer_version, time_dense, time_selected
 from benchmarks.step_work import time_snapshot
 from benchmarks.timing import (
     Quantiles,
@@ -178,9 +178,7 @@ def bench_shape(context, batch, budgets, num_kv_heads, options, environment) -> 
             if "flashinfer" in dense:
                 columns["ratio_to_flashinfer"] = dense["flashinfer"][0].p50_us / total.p50_us
             if "flashinfer" in dense:
-                columns["exact_flashinfer_us"] = time_graph(
-                    selected_flashinfer(named), replays=20
-                ).p50_us
+                columns["exact_flashinfer_us"] = time_selected(named)
             add("multipole", total, moved, **columns)
             print(
                 f"  {name:5s} budget {budget:6d} {total.p50_us:8.1f} us = coarse "

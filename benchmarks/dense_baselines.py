@@ -125,6 +125,15 @@ def time_dense(layers: list[DecodeCase], providers: list[str]) -> dict[str, tupl
     return results
 
 
+def time_selected(layers: list[DecodeCase]) -> float | None:
+    """Microseconds of selected_flashinfer; None, with the reason printed, where it does not run."""
+    try:
+        return time_graph(selected_flashinfer(layers), replays=20).p50_us
+    except Exception as error:
+        print(f"  flashinfer, selected: {type(error).__name__}: {str(error)[:150]}", flush=True)
+        return None
+
+
 def flashinfer_version(providers: list[str]) -> str:
     if "flashinfer" not in providers:
         return ""
