@@ -34,30 +34,8 @@ from multipole_kernels.attention_state import (
     tail_bound,
 )
 from multipole_kernels.decode_buffers import DecodePlan, DecodeWorkspace, PoolLayer
+from multipole_kernels.unpack_words import unpack_words
 
-# two int16 words in, their low and their high bytes out as two float16 each
-_UNPACK_INT8 = tl.constexpr("""{
-    .reg .b32 words, low, high, bias;
-    xor.b32 words, $2, 0x80808080;
-    prmt.b32 low, words, 0x64646464, 0x4240;
-    prmt.b32 high, words, 0x64646464, 0x4341;
-    mov.b32 bias, 0x64806480;
-    sub.f16x2 $0, low, bias;
-    sub.f16x2 $1, high, bias;
-}""")
-_UNPACK_FLOAT8 = tl.constexpr("""{
-    .reg .b32 sign, rest;
-    shl.b32 sign, $2, 8;
-    and.b32 sign, sign, 0x80008000;
-    shl.b32 rest, $2, 7;
-    and.b32 rest, rest, 0x3F803F80;
-    or.b32 $0, sign, rest;
-    and.b32 sign, $2, 0x80008000;
-    shr.b32 rest, $2, 1;
-    and.b32 rest, rest, 0x3F803F80;
-    or.b32 $1, sign, rest;
-}""")
-_INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 # of the tiles that a block loads ahead, in shared memory
 _MAX_TILE_BYTES = 192 * 1024
 
@@ -215,7 +193,7 @@ def _coarse_attention_kernel(
             if EIGHT_BITS:
                 next_key_scale = tl.load(key_scale_ptr + cluster)
                 next_value_scale = tl.load(value_scale_ptr + cluster)
-                keys_low, keys_high = _unpack(keys, IS_INT8)
+                keys_low, keys_high = unpack_words(keys, IS_INT8)
                 scores = dot(keys_low, q_low16) + dot(keys_high, q_high16)
                 scores *= key_scale[:, None] * (scale_log2 * UNPACK_SCALE)
             else:
@@ -247,7 +225,7 @@ def _coarse_attention_kernel(
             max_log2 = new_max
             if EIGHT_BITS:
                 scaled = (weight * (value_scale * VALUE_FACTOR)[:, None]).to(tl.float16)
-                values_low, values_high = _unpack(values, IS_INT8)
+                values_low, values_high = unpack_words(values, IS_INT8)
                 acc = acc * rescale[None, :] + dot(values_low, scaled)
                 acc_high = acc_high * rescale[None, :] + dot(values_high, scaled)
                 key_scale = next_key_scale
@@ -319,34 +297,6 @@ def _store_heads(
 ):
     offsets = _head_offsets(first, STEP, DIMS, BLOCK_GROUP, BLOCK_DIMS)
     tl.store(ptr + offsets, block, mask=_head_mask(GROUP, DIMS, BLOCK_GROUP, BLOCK_DIMS))
-
-
-@triton.jit
-def _unpack(words, IS_INT8: tl.constexpr):
-    """The low and high bytes of int16 words as float16, without a conversion instruction.
-
-    An int8 b: b ^ 0x80 is b + 128, and 0x6400 | n is the float16 1024 + n. A float8 e4m3: its bits
-    moved to float16's places give the number divided by 2^8, subnormals included; the caller
-    multiplies by UNPACK_SCALE. (Converting would also make the compiler read the transposed values
-    byte by byte from shared memory.)
-    """
-    if _INTERPRETED:
-        if IS_INT8:
-            low = ((words & 0xFF) ^ 0x6480).to(tl.float16, bitcast=True) - 1152.0
-            high = (((words >> 8) & 0xFF) ^ 0x6480).to(tl.float16, bitcast=True) - 1152.0
-        else:
-            shifted = words << 8
-            low = ((shifted & -32768) | ((shifted & 0x7F00) >> 1)).to(tl.float16, bitcast=True)
-            high = ((words & -32768) | ((words & 0x7F00) >> 1)).to(tl.float16, bitcast=True)
-        return low, high
-    return tl.inline_asm_elementwise(
-        _UNPACK_INT8 if IS_INT8 else _UNPACK_FLOAT8,
-        "=r,=r,r",
-        [words],
-        dtype=(tl.float16, tl.float16),
-        is_pure=True,
-        pack=2,
-    )
 
 
 def coarse_attention(
