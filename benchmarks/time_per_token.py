@@ -33,7 +33,7 @@ VOCABULARY = 30000
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model-path", type=Path, required=True)
-    parser.add_argument("--points", default="2048x1,32768x1,32768x8,65536x5,131072x1")
+    parser.add_argument("--points", default="2048x1,32768x1,32768x8,65536x5,130048x1")
     parser.add_argument("--num-tokens", type=int, default=256, help="generated per request")
     parser.add_argument("--rounds", type=int, default=1, help="measurements of each point")
     parser.add_argument("--multipole-config", default='{"token_budget": 1024}')
