@@ -8,7 +8,6 @@ input buffers: they never run at the same time.
 from __future__ import annotations
 
 import dataclasses
-import logging
 import time
 from collections.abc import Callable
 from typing import Any
@@ -19,8 +18,6 @@ from sglang.srt.model_executor.runner.shape_key import ShapeKey
 
 from sglang_multipole import sglang_compat
 from sglang_multipole.attach import runtime_of
-
-logger = logging.getLogger(__name__)
 
 SPARSE, DENSE = "sparse", "dense"
 
@@ -46,14 +43,6 @@ class MultipoleDecodeGraphRunner(DecodeCudaGraphRunner):
         # captures
         super().__init__(model_runner, **keywords)
         runtime_of(model_runner).graphs = self._usage
-        for kind, usage in self._usage.items():
-            logger.info(
-                "Multipole attention: %d %s CUDA graphs captured in %.1f s, %.3f GiB",
-                usage.graphs,
-                kind,
-                usage.seconds,
-                usage.bytes / 2**30,
-            )
 
     def capture_one_shape(
         self,
