@@ -36,6 +36,11 @@ OURS: dict[str, dict] = {
     "ours-cap-none": {"clustering": {"max_cluster_size": None}},
     "ours-dissolve-needed": {"clustering": {"dissolve_needed": True}},
     "ours-offline": {"clustering": {"segment_size": 8192}},
+    "ours-1024": {"clustering": {"segment_size": 1024}},
+    "ours-4096": {"clustering": {"segment_size": 4096}},
+    "ours-4096-ratio-12": {
+        "clustering": {"segment_size": 4096, "tokens_per_cluster": 12, "max_cluster_size": 96}
+    },
 }
 
 # what the first study started from: its variants below change this
