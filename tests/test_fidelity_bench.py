@@ -5,6 +5,8 @@ A 1K-token subset runs on the demo's model, or on the checkpoint that MULTIPOLE_
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -17,6 +19,7 @@ from benchmarks.fidelity.block import NUM_SINKS, decode_blocks
 from benchmarks.fidelity.capture import capture
 from benchmarks.fidelity.catalog import methods, ours
 from benchmarks.fidelity.checkpoint import load_model, tokenizer_arguments
+from benchmarks.fidelity.drift import stretches
 from benchmarks.fidelity.index_store import IndexStore
 from benchmarks.fidelity.methods.base import paper_bytes, token_bytes
 from benchmarks.fidelity.methods.clusters import split_dissolving_few
@@ -212,6 +215,20 @@ def test_few_clusters_are_dissolved_and_none_is_too_large():
     assert after.max() <= 60
     # two halves, one dissolved cluster beside its neighbour, seven others as they were
     assert sorted(after.tolist()) == [5] * 6 + [10, 60, 60]
+
+
+def test_stretches_of_a_long_decode_are_the_whole(model, text):
+    whole = teacher_forced(model, text, ours(), 48, IndexStore(text, text.prefix_len))
+    args = SimpleNamespace(stretch=64, stride=8)
+    rows = list(stretches(text, ours(), model, args, 48))
+    begins = [text.prefix_len + first for first in range(0, DECODED, 64)]
+    assert [row["begin"] for row in rows] == begins
+    assert [row["end"] for row in rows] == [*begins[1:], TOKENS]
+    kl = sum(row["kl_mean"] for row in rows) / len(rows)
+    assert kl == pytest.approx(whole.kl.mean().item(), rel=1e-4)
+    errors = attention_errors(text, ours(), 48, IndexStore(text, TOKENS), stride=8).error
+    error = sum(row["error_mean"] for row in rows) / len(rows)
+    assert error == pytest.approx(errors.mean().item(), rel=1e-4)
 
 
 def test_known_segments_are_built_once(text):

@@ -1,6 +1,6 @@
 """Which strongly attended tokens a method leaves out, and why its ranking missed them.
 
-    python -m benchmarks.fidelity.misses MODEL TEXTS.json --name numbers --methods ours
+    python -m benchmarks.fidelity.misses MODEL TEXTS.json --name numbers --csv OUT.csv
 
 A strong token is the most attended clustered token of a (head, position), where it holds at least
 --share of the probability. Of those the table says how many were not attended to exactly, how far
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from benchmarks.fidelity.methods import selection
 from benchmarks.fidelity.methods.base import paper_bytes
 from benchmarks.fidelity.methods.multipole import Multipole, members_of
 from benchmarks.fidelity.metrics import block_at
+from benchmarks.fidelity.sweep import write_row
 
 
 def strong_tokens(block: Block, method: Multipole, indexes: IndexStore, budget: int, share: float):
@@ -73,11 +75,19 @@ def main() -> None:
     parser.add_argument("--decoded", type=int, default=1024)
     parser.add_argument("--stride", type=int, default=16)
     parser.add_argument("--share", type=float, default=0.3)
+    parser.add_argument("--layers", nargs="*", type=int, help="all if left out")
+    parser.add_argument("--csv", type=Path, help="append a row per method and budget")
     args = parser.parse_args()
 
     model = load_model(args.model)
     text = next(t for t in json.loads(args.texts.read_text()) if t["name"] == args.name)
     dense = capture(model, text["token_ids"][: args.tokens], args.decoded)
+    num_layers = len(dense.keys) // dense.num_kv_heads
+    layers = args.layers or list(range(num_layers))
+    heads = torch.arange(len(dense.keys)).view(num_layers, -1)[layers].flatten()
+    dense = replace(
+        dense, queries=dense.queries[heads], keys=dense.keys[heads], values=dense.values[heads]
+    )
     indexes = IndexStore(dense, len(dense.token_ids))
     for method in methods(args.methods):
         for budget in args.budgets:
@@ -98,9 +108,17 @@ def main() -> None:
                     f"  {what}: median rank {rank:.0f}, cluster size {size:.0f}, "
                     f"logit above its centroid {excess:.2f}"
                 )
-            layers = missed[:, 0].long().bincount(minlength=1)
-            worst = layers.argsort(descending=True)[:5].tolist()
-            print("  misses by layer:", {layer: int(layers[layer]) for layer in worst})
+            by_layer = missed[:, 0].long().bincount(minlength=len(layers)).tolist()
+            counts = dict(zip(layers, by_layer, strict=True))
+            worst = sorted(counts, key=counts.get, reverse=True)[:5]
+            print("  misses by layer:", {layer: counts[layer] for layer in worst})
+            if args.csv:
+                row = {"model": Path(args.model).stem, "name": args.name, "tokens": args.tokens}
+                row |= {"decoded": args.decoded, "stride": args.stride, "share": args.share}
+                row |= {"layers": " ".join(map(str, layers)), "method": method.name}
+                row |= {"budget": budget, "strong": len(table), "missed": len(missed)}
+                row |= {"missed_by_layer": " ".join(map(str, by_layer))}
+                write_row(args.csv, list(row), row)
 
 
 if __name__ == "__main__":
