@@ -219,7 +219,7 @@ def test_few_clusters_are_dissolved_and_none_is_too_large():
 
 def test_stretches_of_a_long_decode_are_the_whole(model, text):
     whole = teacher_forced(model, text, ours(), 48, IndexStore(text, text.prefix_len))
-    args = SimpleNamespace(stretch=64, stride=8)
+    args = SimpleNamespace(what=["attention", "kl"], stretch=64, stride=8)
     rows = list(stretches(text, ours(), model, args, 48))
     begins = [text.prefix_len + first for first in range(0, DECODED, 64)]
     assert [row["begin"] for row in rows] == begins

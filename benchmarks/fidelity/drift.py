@@ -53,20 +53,23 @@ COLUMNS = [
 
 def stretches(text: Capture, method: Method, model, args: argparse.Namespace, budget: int):
     """Rows of one method, a stretch of positions each."""
-    heads_at_once = 45 if text.keys.is_cuda else 15
-    indexes = IndexStore(text, len(text.token_ids))
-    errors = attention_errors(text, method, budget, indexes, heads_at_once, args.stride)
-    prefix = IndexStore(text, text.prefix_len)
-    divergence = teacher_forced(model, text, method, budget, prefix)
+    if "attention" in args.what:
+        indexes = IndexStore(text, len(text.token_ids))
+        heads_at_once = 45 if text.keys.is_cuda else 15
+        errors = attention_errors(text, method, budget, indexes, heads_at_once, args.stride)
+    if "kl" in args.what:
+        prefix = IndexStore(text, text.prefix_len)
+        divergence = teacher_forced(model, text, method, budget, prefix)
     for first in range(0, text.num_decoded, args.stretch):
         end = min(first + args.stretch, text.num_decoded)
-        # positions are tested from each block's first on: a block's length is a multiple of stride
-        error = errors.error[..., first // args.stride : end // args.stride]
-        yield {
-            "begin": text.prefix_len + first,
-            "end": text.prefix_len + end,
-            "error_mean": error.double().mean().item(),
-        } | divergence_row(divergence.part(first, end))
+        row = {"begin": text.prefix_len + first, "end": text.prefix_len + end}
+        if "attention" in args.what:
+            # positions are tested from each block's first on: a block is a multiple of stride
+            error = errors.error[..., first // args.stride : end // args.stride]
+            row["error_mean"] = error.double().mean().item()
+        if "kl" in args.what:
+            row |= divergence_row(divergence.part(first, end))
+        yield row
 
 
 def main() -> None:
@@ -77,6 +80,7 @@ def main() -> None:
     parser.add_argument("--names", nargs="+", required=True)
     parser.add_argument("--methods", nargs="+", default=["ours", "ours-offline"])
     parser.add_argument("--budgets", nargs="+", type=int, default=[512])
+    parser.add_argument("--what", nargs="+", default=["attention", "kl"])
     parser.add_argument("--prefix", type=int, default=2048, help="tokens; a multiple of 128")
     parser.add_argument("--stretch", type=int, default=1024, help="positions a row")
     parser.add_argument(
