@@ -13,7 +13,6 @@ it. Medians over repeats; the last column is what auditing every 64th step adds 
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 import sys
 import time
@@ -23,6 +22,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.csv_file import write_rows
 from sglang_multipole import attach
 from sglang_multipole.cluster_pool import ClusterPool, PoolShape
 from sglang_multipole.config import MultipoleConfig
@@ -47,11 +47,7 @@ def main() -> int:
     for context, batch in POINTS[arguments.device]:
         rows.append(measure(arguments.device, context, batch, arguments.repeats))
         print(rows[-1], flush=True)
-    arguments.csv.parent.mkdir(parents=True, exist_ok=True)
-    with arguments.csv.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(arguments.csv, rows)
     return 0
 
 

@@ -16,7 +16,6 @@ A process costs the machine its start whatever it listens to, so what the event 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import random
 import subprocess
@@ -26,6 +25,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.csv_file import write_rows
 from benchmarks.token_stream import TokenStream
 from sglang_multipole.local_server import LocalServer, find_free_port
 
@@ -118,7 +118,7 @@ def main() -> int:
         state = json.loads(server.get("/server_info"))["internal_states"][0]["multipole"]
         dropped = state["events"]["dropped"]
     rows = summarize(periods, load.latencies(), dropped)
-    write(arguments.csv, rows)
+    write_rows(arguments.csv, rows)
     for row in rows:
         print(row)
     return 0
@@ -185,14 +185,6 @@ def pooled(periods: list[dict[str, Any]]) -> list[float]:
 
 def quantile(ordered: list[float], share: float) -> float:
     return round(ordered[min(int(len(ordered) * share), len(ordered) - 1)], 1)
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 if __name__ == "__main__":

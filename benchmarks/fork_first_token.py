@@ -11,13 +11,13 @@ launch a step before it has sent the tokens of the one before, which is its defa
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from benchmarks.csv_file import write_rows
 from benchmarks.token_stream import TokenStream, run_together
 from sglang_multipole.local_server import LocalServer
 
@@ -52,7 +52,7 @@ def main() -> int:
                             place |= {"round": round_number, "repeat": repeat, "fork": fork}
                             rows.append(place | row)
                             print(rows[-1], flush=True)
-            write(arguments.csv, rows)
+            write_rows(arguments.csv, rows)
     report(rows)
     return 0
 
@@ -84,14 +84,6 @@ def measure(server: LocalServer) -> list[dict[str, Any]]:
             }
         )
     return rows
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def report(rows: list[dict[str, Any]]) -> None:

@@ -1,6 +1,6 @@
 """Time per output token of a whole server, multipole attention beside its dense twin.
 
-    python benchmarks/time_per_token.py --model-path DIR --points 32768x1,32768x8 --csv out.csv \
+    python -m benchmarks.time_per_token --model-path DIR --points 32768x1,32768x8 --csv out.csv \
         -- --load-format dummy --attention-backend flashinfer --context-length 131072
 
 What follows `--` are flags of both servers. Each point is context x batch: that many requests of
@@ -13,18 +13,16 @@ result.
 from __future__ import annotations
 
 import argparse
-import csv
-import http.client
 import json
 import random
 import statistics
 import sys
 import tempfile
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.csv_file import write_rows
+from benchmarks.token_stream import TokenStream, run_together
 from sglang_multipole.local_server import LocalServer
 
 VOCABULARY = 30000
@@ -54,7 +52,7 @@ def main() -> int:
                         row = measure(server, context, batch, arguments)
                         rows.append({"server": name, **row, **versions(server)})
                         print(json.dumps(rows[-1]), flush=True)
-                        write(arguments.csv, rows)
+                        write_rows(arguments.csv, rows)
     report(rows)
     return 0
 
@@ -67,14 +65,8 @@ def measure(
     for index in range(batch):
         generator = random.Random(f"{arguments.seed} {index}")
         prompts.append([generator.randrange(100, VOCABULARY) for _ in range(context)])
-    streams = [_Stream(server, prompt, arguments.num_tokens) for prompt in prompts]
-    for stream in streams:
-        stream.start()
-    for stream in streams:
-        stream.join()
-    failed = [stream.error for stream in streams if stream.error]
-    if failed:
-        raise RuntimeError(f"time_per_token: {len(failed)} of {batch} requests failed: {failed[0]}")
+    streams = [TokenStream(server, prompt, arguments.num_tokens) for prompt in prompts]
+    run_together(streams)
     # all decode: after the last has begun and before the first has ended
     begin = max(stream.times[1] for stream in streams)
     end = min(stream.times[-1] for stream in streams)
@@ -98,7 +90,7 @@ def measure(
         "mean_ms": round(statistics.fmean(steps), 3),
         "p99_ms": round(steps[int(len(steps) * 0.99)], 3),
         "max_ms": round(steps[-1], 3),
-        "first_token_s": round(max(s.times[0] - s.began for s in streams), 3),
+        "first_token_s": round(max(s.first_token_seconds for s in streams), 3),
         # a multipole server clusters the prompts before their first decode step
         "second_token_s": round(max(s.times[1] - s.times[0] for s in streams), 3),
         **_activity(activities, server),
@@ -122,41 +114,6 @@ def _activity(activities: list[dict[str, int] | None], server: LocalServer) -> d
     }
 
 
-class _Stream(threading.Thread):
-    """One streamed request; when each token arrived, by the host's clock."""
-
-    def __init__(self, server: LocalServer, prompt: list[int], num_tokens: int):
-        super().__init__(daemon=True)
-        self._port, self._prompt, self._num_tokens = server.port, prompt, num_tokens
-        self.times: list[float] = []
-        self.meta_info: dict[str, Any] = {}
-        self.error = ""
-
-    def run(self) -> None:
-        try:
-            self._run()
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            self.error = repr(error)
-
-    def _run(self) -> None:
-        sampling = {"temperature": 0, "max_new_tokens": self._num_tokens, "ignore_eos": True}
-        body = {"input_ids": self._prompt, "sampling_params": sampling, "stream": True}
-        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=600)
-        self.began = time.perf_counter()
-        connection.request(
-            "POST", "/generate", json.dumps(body), {"Content-Type": "application/json"}
-        )
-        for line in connection.getresponse():
-            if not line.startswith(b"data: ") or line.startswith(b"data: [DONE]"):
-                continue
-            self.times.append(time.perf_counter())
-            last = line
-        answer = json.loads(last.removeprefix(b"data: "))
-        if "meta_info" not in answer:
-            raise ValueError(answer)
-        self.meta_info = answer["meta_info"]
-
-
 def versions(server: LocalServer) -> dict[str, Any]:
     """GPU and versions, for the row."""
     import torch
@@ -169,14 +126,6 @@ def versions(server: LocalServer) -> dict[str, Any]:
         "torch": torch.__version__,
         "sglang": sglang_version(),
     }
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def report(rows: list[dict[str, Any]]) -> None:
