@@ -5,36 +5,30 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from sglang_multipole.evaluation.file_task import FileTask
 from sglang_multipole.evaluation.task import Prompt, Tokenizer, strip_reasoning
-from sglang_multipole.evaluation.tasks.rows import read_rows
 
 ANSWER_TOKENS = 1024
 CHOICES = "ABCD"
-FIELDS = ("context", "question", *(f"choice_{choice}" for choice in CHOICES), "answer")
 CUT = "\n[...]\n"  # stands where the middle of a document was cut out
 
 
-class LongBenchV2:
-    """Choose one of four answers."""
+class LongBenchV2(FileTask):
+    """Choose one of four answers; documents too long for the length lose their middle."""
 
     name = "longbench_v2"
     max_tokens = ANSWER_TOKENS
+    fields = ("context", "question", *(f"choice_{choice}" for choice in CHOICES), "answer")
 
-    def __init__(self, path: str):
-        self._path = path
+    def check_row(self, row: dict[str, Any], where: str) -> None:
+        if row["answer"] not in tuple(CHOICES):
+            raise ValueError(
+                f"longbench_v2: an answer must be one of {', '.join(CHOICES)}, got "
+                f"{row['answer']!r} in {where}"
+            )
 
-    def generate(
-        self, samples: int, length: int | None, seed: int, tokenizer: Tokenizer
-    ) -> list[Prompt]:
-        """The file's first rows; documents too long for `length` lose their middle."""
-        rows = read_rows(self._path, FIELDS)[:samples]
-        for number, row in enumerate(rows, start=1):
-            if row["answer"] not in tuple(CHOICES):
-                raise ValueError(
-                    f"longbench_v2: an answer must be one of {', '.join(CHOICES)}, got "
-                    f"{row['answer']!r} in row {number} of {self._path}"
-                )
-        return [_fit_document(row, length, tokenizer) for row in rows]
+    def make_prompt(self, row: dict[str, Any], length: int | None, tokenizer: Tokenizer) -> Prompt:
+        return _fit_document(row, length, tokenizer)
 
     def score(self, answer: str, reference: Any) -> float:
         """1 if the last choice that is called the answer is the right one."""

@@ -6,11 +6,10 @@ import re
 from fractions import Fraction
 from typing import Any
 
+from sglang_multipole.evaluation.file_task import FileTask
 from sglang_multipole.evaluation.task import Prompt, Tokenizer, last_boxed, strip_reasoning
-from sglang_multipole.evaluation.tasks.rows import read_rows
 
 ANSWER_TOKENS = 4096
-FIELDS = ("problem",)
 
 # what changes the look of a formula and not its meaning
 IGNORED = re.compile(r"\\left|\\right|\\[!,;: ]|\\displaystyle|\\%|[\s$%]|\^\\circ|\^\{\\circ\}")
@@ -19,21 +18,26 @@ THOUSANDS = re.compile(r"-?\d{1,3}(,\d{3})+(\.\d+)?")
 FRACTION = re.compile(r"(-?)\\[dt]?frac(?:\{(-?\d+)\}\{(\d+)\}|(\d)(\d))")
 
 
-class MathBoxed:
+class MathBoxed(FileTask):
     """Solve for a formula."""
 
     name = "math"
     max_tokens = ANSWER_TOKENS
+    fields = ("problem",)
 
-    def __init__(self, path: str):
-        self._path = path
+    def check_row(self, row: dict[str, Any], where: str) -> None:
+        if _answer_of(row) is None:
+            raise ValueError(
+                r"math: a row must have an answer, or a solution with \boxed{}, got neither in "
+                f"{where}"
+            )
 
-    def generate(
-        self, samples: int, length: int | None, seed: int, tokenizer: Tokenizer
-    ) -> list[Prompt]:
-        """The file's first rows; length and seed change nothing."""
-        rows = read_rows(self._path, FIELDS)[:samples]
-        return [_make_prompt(row, number, self._path) for number, row in enumerate(rows, start=1)]
+    def make_prompt(self, row: dict[str, Any], length: int | None, tokenizer: Tokenizer) -> Prompt:
+        text = (
+            f"{row['problem']}\n\nReason step by step, and put the final answer within "
+            r"\boxed{}."
+        )
+        return Prompt(text, str(_answer_of(row)))
 
     def score(self, answer: str, reference: Any) -> float:
         """1 if the boxed formula is the right one, written alike or of the same value."""
@@ -76,17 +80,6 @@ def _value(formula: str) -> Fraction | None:
         return None
 
 
-def _make_prompt(row: dict[str, Any], number: int, path: str) -> Prompt:
+def _answer_of(row: dict[str, Any]) -> Any:
     answer = row.get("answer")
-    if answer is None:
-        answer = last_boxed(str(row.get("solution", "")))
-    if answer is None:
-        raise ValueError(
-            r"math: a row must have an answer, or a solution with \boxed{}, got neither in row "
-            f"{number} of {path}"
-        )
-    text = (
-        f"{row['problem']}\n\nReason step by step, and put the final answer within "
-        r"\boxed{}."
-    )
-    return Prompt(text, str(answer))
+    return last_boxed(str(row.get("solution", ""))) if answer is None else answer
