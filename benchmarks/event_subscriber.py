@@ -27,6 +27,7 @@ from typing import Any
 
 from benchmarks.csv_file import write_rows
 from benchmarks.token_stream import TokenStream
+from benchmarks.versions import versions
 from sglang_multipole.local_server import LocalServer, find_free_port
 
 NUM_REQUESTS = 3
@@ -116,8 +117,11 @@ def main() -> int:
             load.keep_up()
             time.sleep(0.05)
         state = json.loads(server.get("/server_info"))["internal_states"][0]["multipole"]
-        dropped = state["events"]["dropped"]
-    rows = summarize(periods, load.latencies(), dropped)
+    dropped, totals = state["events"]["dropped"], state["totals"]
+    if not totals["sparse_steps"]:
+        raise RuntimeError(f"event_subscriber: no step was sparse: {totals}")
+    activity = {name: totals[name] for name in ("sparse_steps", "dense_steps")}
+    rows = [row | activity | versions() for row in summarize(periods, load.latencies(), dropped)]
     write_rows(arguments.csv, rows)
     for row in rows:
         print(row)

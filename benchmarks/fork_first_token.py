@@ -19,6 +19,7 @@ from typing import Any
 
 from benchmarks.csv_file import write_rows
 from benchmarks.token_stream import TokenStream, run_together
+from benchmarks.versions import versions
 from sglang_multipole.local_server import LocalServer
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
@@ -50,7 +51,7 @@ def main() -> int:
                         for fork, row in enumerate(measure(server)):
                             place = {"overlap": arguments.overlap, "server": name}
                             place |= {"round": round_number, "repeat": repeat, "fork": fork}
-                            rows.append(place | row)
+                            rows.append(place | row | versions())
                             print(rows[-1], flush=True)
             write_rows(arguments.csv, rows)
     report(rows)

@@ -23,6 +23,7 @@ from typing import Any
 
 from benchmarks.csv_file import write_rows
 from benchmarks.token_stream import TokenStream, run_together
+from benchmarks.versions import versions
 from sglang_multipole.local_server import LocalServer
 
 VOCABULARY = 30000
@@ -50,7 +51,7 @@ def main() -> int:
                 for _ in range(arguments.rounds):
                     for context, batch in points:
                         row = measure(server, context, batch, arguments)
-                        rows.append({"server": name, **row, **versions(server)})
+                        rows.append({"server": name, **row, **versions()})
                         print(json.dumps(rows[-1]), flush=True)
                         write_rows(arguments.csv, rows)
     report(rows)
@@ -111,20 +112,6 @@ def _activity(activities: list[dict[str, int] | None], server: LocalServer) -> d
         "sparse_steps": sums["sparse_steps"],
         "dense_steps": sums["dense_steps"],
         "exact_share": round(sums["exact_tokens"] / sums["context_tokens"], 4),
-    }
-
-
-def versions(server: LocalServer) -> dict[str, Any]:
-    """GPU and versions, for the row."""
-    import torch
-
-    from sglang_multipole.sglang_compat import sglang_version
-
-    has_gpu = torch.cuda.is_available()
-    return {
-        "gpu": torch.cuda.get_device_name() if has_gpu else "none",
-        "torch": torch.__version__,
-        "sglang": sglang_version(),
     }
 
 
