@@ -280,6 +280,7 @@ def test_selects_what_pytorch_selects_in_a_ragged_batch(weights, resident, threa
         pytest.param(1, 64, 16, id="one-head"),
         pytest.param(5, 96, 64, id="nothing-a-power-of-two"),
         pytest.param(16, 256, 128, id="largest"),
+        pytest.param(4, 128, 256, id="two-tiles-a-segment"),
     ],
 )
 def test_selects_what_pytorch_selects_in_other_geometries(group, head_dim, clusters):

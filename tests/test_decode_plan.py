@@ -1,4 +1,4 @@
-"""plan_chunks: every item and exact token in exactly one chunk of its own row."""
+"""plan_chunks: every tile and exact token in exactly one chunk of its own row."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ def make_plan(items, exact):
         pytest.param([1] * 64, [130] * 64, id="many-short-rows"),
     ],
 )
-def test_chunks_cover_each_row_once(items, exact):
+@pytest.mark.parametrize("tiles", [1, 2])
+def test_chunks_cover_each_row_once(items, exact, tiles):
     num_rows = len(items)
     workspace = DecodeWorkspace(
         max_rows=num_rows + 3,
@@ -43,6 +44,7 @@ def test_chunks_cover_each_row_once(items, exact):
         num_kv_heads=2,
         gqa_group_size=4,
         head_dim=64,
+        clusters_per_segment=128 * tiles,
         device=DEVICE,
     )
     plan = make_plan(items, exact)
@@ -63,7 +65,7 @@ def test_chunks_cover_each_row_once(items, exact):
         ):
             assert begin < end
             covered[is_exact].append((begin, end))
-        for is_exact, indptr in ((0, plan.item_indptr), (1, plan.exact_indptr)):
+        for is_exact, indptr in ((0, tiles * plan.item_indptr), (1, plan.exact_indptr)):
             position = int(indptr[row])
             for begin, end in covered[is_exact]:
                 assert begin == position

@@ -72,30 +72,34 @@ def compile_launch(kernel, arguments, sm):
 
 
 @pytest.mark.parametrize(
-    ("sm", "head_dim", "gqa_group_size", "centroid_dtype"),
+    ("sm", "head_dim", "gqa_group_size", "centroid_dtype", "clusters"),
     [
-        pytest.param(80, 128, 4, None, id="ampere"),
-        pytest.param(80, 128, 4, torch.int8, id="ampere-int8"),
-        pytest.param(90, 128, 4, None, id="hopper"),
-        pytest.param(90, 128, 4, torch.float8_e4m3fn, id="hopper-fp8"),
-        pytest.param(90, 256, 16, None, id="hopper-largest-head"),
-        pytest.param(90, 96, 3, torch.int8, id="hopper-head-not-a-power-of-two"),
-        pytest.param(100, 128, 4, None, id="blackwell"),
-        pytest.param(100, 128, 4, torch.float8_e4m3fn, id="blackwell-fp8"),
+        pytest.param(80, 128, 4, None, 128, id="ampere"),
+        pytest.param(80, 128, 4, torch.int8, 128, id="ampere-int8"),
+        pytest.param(90, 128, 4, None, 128, id="hopper"),
+        pytest.param(90, 128, 4, torch.float8_e4m3fn, 128, id="hopper-fp8"),
+        pytest.param(90, 256, 16, None, 128, id="hopper-largest-head"),
+        pytest.param(90, 96, 3, torch.int8, 128, id="hopper-head-not-a-power-of-two"),
+        pytest.param(100, 128, 4, None, 128, id="blackwell"),
+        pytest.param(100, 128, 4, torch.float8_e4m3fn, 128, id="blackwell-fp8"),
+        pytest.param(80, 128, 4, torch.int8, 256, id="ampere-int8-two-tiles"),
+        pytest.param(90, 128, 4, None, 256, id="hopper-two-tiles"),
+        pytest.param(90, 128, 4, torch.int8, 256, id="hopper-int8-two-tiles"),
+        pytest.param(90, 64, 3, None, 1024, id="hopper-longest-segment"),
     ],
 )
-def test_decode_compiles(launches, sm, head_dim, gqa_group_size, centroid_dtype):
+def test_decode_compiles(launches, sm, head_dim, gqa_group_size, centroid_dtype, clusters):
     stages = {} if sm > 80 else {"coarse_num_stages": 2, "exact_num_stages": 2}
     config = LaunchConfig(num_sms=132, overlap_launches=sm > 80, **stages)
     case = make_case(
-        [4300],
+        [16 * clusters + 100],
         [1024],
         num_kv_heads=1,
         gqa_group_size=gqa_group_size,
         head_dim=head_dim,
         centroid_dtype=centroid_dtype,
-        segment_size=2048,
-        clusters_per_segment=128,
+        segment_size=16 * clusters,
+        clusters_per_segment=clusters,
         config=config,
         device="cpu",
     )

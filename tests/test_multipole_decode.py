@@ -85,6 +85,28 @@ def test_matches_reference_over_geometries(num_kv_heads, gqa_group_size, head_di
     assert_matches_reference(case, run(case))
 
 
+@pytest.mark.parametrize("centroid_dtype", [None, torch.int8], ids=["bf16", "int8"])
+@pytest.mark.parametrize(
+    ("segment_size", "clusters_per_segment"),
+    [
+        pytest.param(1024, 256, id="two-tiles-a-segment"),
+        pytest.param(384, 48, id="not-a-power-of-two"),
+    ],
+)
+def test_matches_reference_with_segments_of_several_tiles(
+    segment_size, clusters_per_segment, centroid_dtype
+):
+    case = make_case(
+        [1700, 150, 1100],
+        [96, 64, 0],
+        segment_size=segment_size,
+        clusters_per_segment=clusters_per_segment,
+        centroid_dtype=centroid_dtype,
+    )
+    assert case.workspace.tiles_per_segment > 1
+    assert_matches_reference(case, run(case))
+
+
 def test_a_budget_above_the_context_is_dense_attention():
     case = make_case([700], [1024])
     out = run(case)
@@ -166,6 +188,11 @@ def test_8_bit_values_of_any_magnitude(factor):
     case.v_cache *= factor
     case.pool_layer.value_scale *= factor
     assert_matches_reference(case, run(case))
+
+
+def test_rejects_a_number_of_clusters_that_no_tile_divides():
+    with pytest.raises(ValueError, match="must be a multiple of 16, got 40"):
+        make_case([700], [64], segment_size=320, clusters_per_segment=40)
 
 
 def test_rejects_centroids_of_another_dtype():

@@ -74,15 +74,15 @@ struct Vector {
   }
   template <bool RESIDENT>
   __device__ __forceinline__ void load_weights(const RowHead<RESIDENT>& row, int vector) {
-    const size_t item_head =
-        (size_t)(row.item_begin + vector / SEGMENT_VECTORS) * NUM_KV_HEADS + row.kv_head;
+    const size_t tile = (size_t)row.item_begin * TILES + vector / TILE_VECTORS;
+    const size_t tile_head = tile * NUM_KV_HEADS + row.kv_head;
     const uint2* weights = reinterpret_cast<const uint2*>(row.a.cluster_weight) +
-                           item_head * GROUP * SEGMENT_VECTORS + vector % SEGMENT_VECTORS;
+                           tile_head * GROUP * TILE_VECTORS + vector % TILE_VECTORS;
 #pragma unroll
-    for (int group = 0; group < GROUP; ++group) weight[group] = weights[group * SEGMENT_VECTORS];
+    for (int group = 0; group < GROUP; ++group) weight[group] = weights[group * TILE_VECTORS];
     if constexpr (GROUP % 4 == 0) {
       const float4* shifts =
-          reinterpret_cast<const float4*>(row.a.weight_shift) + item_head * (GROUP / 4);
+          reinterpret_cast<const float4*>(row.a.weight_shift) + tile_head * (GROUP / 4);
 #pragma unroll
       for (int four = 0; four < GROUP / 4; ++four) {
         const float4 loaded = shifts[four];
@@ -94,7 +94,7 @@ struct Vector {
     } else {
 #pragma unroll
       for (int group = 0; group < GROUP; ++group)
-        shift[group] = row.a.weight_shift[item_head * GROUP + group];
+        shift[group] = row.a.weight_shift[tile_head * GROUP + group];
     }
   }
 };

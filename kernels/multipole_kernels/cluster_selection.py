@@ -87,6 +87,7 @@ def selection_constants(pool_layer: PoolLayer, workspace: DecodeWorkspace) -> di
         "GROUP": workspace.gqa_group_size,
         "HEAD_DIM": workspace.head_dim,
         "CLUSTERS": workspace.clusters_per_segment,
+        "TILE_CLUSTERS": workspace.tile_clusters,
         "SEGMENT_SIZE": pool_layer.segment_slots.shape[1],
         "THREADS": workspace.config.select_threads,
     }

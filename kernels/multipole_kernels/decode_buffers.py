@@ -6,6 +6,7 @@ All are of fixed size and made once, so that a captured graph can own their addr
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 
@@ -15,6 +16,8 @@ from multipole_kernels.launch_config import LaunchConfig, launch_config
 MAX_OUT_SPLITS = 4
 # chunks that a row of a large batch may be cut into
 CHUNKS_PER_ROW = 8
+# most clusters of a segment that coarse attention works on at a time
+MAX_TILE_CLUSTERS = 128
 
 
 @dataclasses.dataclass
@@ -47,10 +50,12 @@ class DecodePlan:
 class DecodeWorkspace:
     """Scratch of one decode step, reused by every layer.
 
-    `chunks` of the plan are runs of one row's items or exact tokens; plan_chunks fills them once a
-    step. Attention states are kept as (log2 of the largest weight, sum of weights, unnormalised
-    weighted sum) rather than as (out, lse): the third launch takes selected clusters' centroids
-    out again, and a state with a negative sum has no log.
+    A tile is all clusters of an item, or tile_clusters of them; tile t of the step is part
+    t % tiles_per_segment of item t // tiles_per_segment. `chunks` of the plan are runs of one row's
+    tiles or exact tokens; plan_chunks fills them once a step. Attention states are kept as (log2 of
+    the largest weight, sum of weights, unnormalised weighted sum) rather than as (out, lse): the
+    third launch takes selected clusters' centroids out again, and a state with a negative sum has
+    no log.
     """
 
     def __init__(
@@ -82,11 +87,14 @@ class DecodeWorkspace:
                 "DecodeWorkspace: gqa_group_size must be between 1 and 16, "
                 f"got {gqa_group_size}; more query heads a KV head are not supported"
             )
-        if clusters_per_segment % 4:
+        if clusters_per_segment % 16:
             raise ValueError(
-                "DecodeWorkspace: clusters_per_segment must be a multiple of 4, "
+                "DecodeWorkspace: clusters_per_segment must be a multiple of 16, "
                 f"got {clusters_per_segment}"
             )
+        # a power of two
+        self.tile_clusters = math.gcd(clusters_per_segment, MAX_TILE_CLUSTERS)
+        self.tiles_per_segment = clusters_per_segment // self.tile_clusters
         self.max_rows, self.max_items = max_rows, max_items
         self.max_items_per_row = max_items_per_row
         self.budget_capacity, self.max_cluster_size = budget_capacity, max_cluster_size
@@ -109,11 +117,12 @@ class DecodeWorkspace:
         self.chunk_end = new(max_chunks, dtype=torch.int32)
         self.chunk_indptr = new(max_rows + 1, dtype=torch.int32)
 
-        # exp(score - weight_shift) of each cluster, weight_shift the segment's largest score
-        self.cluster_weight = new(max_items, *heads, clusters_per_segment, dtype=torch.float16)
-        self.weight_shift_log2 = new(max_items, *heads)
-        # variance of a query's logits per unit of key variance, by segment
-        self.logit_spread = new(max_items, *heads)
+        # exp(score - weight_shift) of each cluster, weight_shift the tile's largest score
+        max_tiles = max_items * self.tiles_per_segment
+        self.cluster_weight = new(max_tiles, *heads, self.tile_clusters, dtype=torch.float16)
+        self.weight_shift_log2 = new(max_tiles, *heads)
+        # variance of a query's logits per unit of key variance, by tile
+        self.logit_spread = new(max_tiles, *heads)
         self.part_max_log2 = new(max_chunks, *heads)
         self.part_sum = new(max_chunks, *heads)
         self.part_acc = new(max_chunks, *heads, head_dim)

@@ -1,6 +1,6 @@
 """Cut a batch's work into chunks of about equal cost, on the device.
 
-A chunk is a run of one row's items (segments, read as centroids) or of its always-exact tokens. All
+A chunk is a run of one row's tiles (of its segments' centroids) or of its always-exact tokens. All
 chunks run at once if they can be short enough to be worth it; with more work they are of a length
 beside which a block's start does not show. A row without work gets no chunk. Runs once a step,
 outside the graph, for all layers.
@@ -18,9 +18,9 @@ _MIN_COST, _MAX_COST = 64, 512
 
 
 @triton.jit
-def _exact_per_chunk(items, ITEM_COST: tl.constexpr, EXACT_UNIT: tl.constexpr):
-    """Exact tokens that cost as much as items, in whole units."""
-    return tl.maximum(tl.cdiv(items * ITEM_COST, EXACT_UNIT), 1) * EXACT_UNIT
+def _exact_per_chunk(tiles, TILE_COST: tl.constexpr, EXACT_UNIT: tl.constexpr):
+    """Exact tokens that cost as much as tiles, in whole units."""
+    return tl.maximum(tl.cdiv(tiles * TILE_COST, EXACT_UNIT), 1) * EXACT_UNIT
 
 
 @triton.jit
@@ -35,9 +35,10 @@ def _plan_chunks_kernel(
     num_rows,
     wave_chunks,
     target_chunks,
-    ITEM_COST: tl.constexpr,  # cost of an item in exact tokens
-    MIN_ITEMS: tl.constexpr,  # items that a block's start is worth
-    MAX_ITEMS: tl.constexpr,  # items beside which a block's start does not show
+    TILES: tl.constexpr,  # of an item
+    TILE_COST: tl.constexpr,  # cost of a tile in exact tokens
+    MIN_TILES: tl.constexpr,  # tiles that a block's start is worth
+    MAX_TILES: tl.constexpr,  # tiles beside which a block's start does not show
     EXACT_UNIT: tl.constexpr,  # tokens that a block gathers at a time
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CHUNKS: tl.constexpr,
@@ -50,45 +51,46 @@ def _plan_chunks_kernel(
     items = tl.load(item_indptr_ptr + offs_row + 1, mask=mask_row, other=0) - tl.load(
         item_indptr_ptr + offs_row, mask=mask_row, other=0
     )
+    tiles = items * TILES
     exact = tl.load(exact_indptr_ptr + offs_row + 1, mask=mask_row, other=0) - tl.load(
         exact_indptr_ptr + offs_row, mask=mask_row, other=0
     )
-    cost = tl.sum(items, 0) * ITEM_COST + tl.sum(exact, 0)
+    cost = tl.sum(tiles, 0) * TILE_COST + tl.sum(exact, 0)
     # the shortest chunks that all run at once; if none do, the longest: they balance themselves
-    items_per_chunk = tl.maximum(tl.cdiv(tl.cdiv(cost, target_chunks), ITEM_COST), MIN_ITEMS)
-    found = items_per_chunk >= MAX_ITEMS
-    for candidate in tl.static_range(MIN_ITEMS, MAX_ITEMS):
-        chunks = tl.cdiv(items, candidate)
-        chunks += tl.cdiv(exact, _exact_per_chunk(candidate, ITEM_COST, EXACT_UNIT))
-        fits = (candidate >= items_per_chunk) & (tl.sum(chunks, 0) <= wave_chunks)
-        items_per_chunk = tl.where(fits & ~found, candidate, items_per_chunk)
+    tiles_per_chunk = tl.maximum(tl.cdiv(tl.cdiv(cost, target_chunks), TILE_COST), MIN_TILES)
+    found = tiles_per_chunk >= MAX_TILES
+    for candidate in tl.static_range(MIN_TILES, MAX_TILES):
+        chunks = tl.cdiv(tiles, candidate)
+        chunks += tl.cdiv(exact, _exact_per_chunk(candidate, TILE_COST, EXACT_UNIT))
+        fits = (candidate >= tiles_per_chunk) & (tl.sum(chunks, 0) <= wave_chunks)
+        tiles_per_chunk = tl.where(fits & ~found, candidate, tiles_per_chunk)
         found = found | fits
-    items_per_chunk = tl.where(found, items_per_chunk, MAX_ITEMS)
-    exact_per_chunk = _exact_per_chunk(items_per_chunk, ITEM_COST, EXACT_UNIT)
-    chunks = tl.cdiv(items, items_per_chunk) + tl.cdiv(exact, exact_per_chunk)
+    tiles_per_chunk = tl.where(found, tiles_per_chunk, MAX_TILES)
+    exact_per_chunk = _exact_per_chunk(tiles_per_chunk, TILE_COST, EXACT_UNIT)
+    chunks = tl.cdiv(tiles, tiles_per_chunk) + tl.cdiv(exact, exact_per_chunk)
     first_chunk = tl.sum(tl.where(offs_row < row, chunks, 0), 0)
     tl.store(chunk_indptr_ptr + row, first_chunk)
     if row == num_rows - 1:
         tl.store(chunk_indptr_ptr + num_rows, tl.sum(chunks, 0))
 
-    item_begin = tl.load(item_indptr_ptr + row)
-    item_end = tl.load(item_indptr_ptr + row + 1)
+    tile_begin = tl.load(item_indptr_ptr + row) * TILES
+    tile_end = tl.load(item_indptr_ptr + row + 1) * TILES
     exact_begin = tl.load(exact_indptr_ptr + row)
     exact_end = tl.load(exact_indptr_ptr + row + 1)
-    num_items = item_end - item_begin
+    num_tiles = tile_end - tile_begin
     num_exact = exact_end - exact_begin
-    item_chunks = tl.cdiv(num_items, items_per_chunk)
+    tile_chunks = tl.cdiv(num_tiles, tiles_per_chunk)
     exact_chunks = tl.cdiv(num_exact, exact_per_chunk)
-    num_chunks = item_chunks + exact_chunks
+    num_chunks = tile_chunks + exact_chunks
     for chunk in range(0, num_chunks, BLOCK_CHUNKS):
         # [BLOCK_CHUNKS]
         offs = chunk + tl.arange(0, BLOCK_CHUNKS)
-        is_exact = offs >= item_chunks
-        nth = tl.where(is_exact, offs - item_chunks, offs)
+        is_exact = offs >= tile_chunks
+        nth = tl.where(is_exact, offs - tile_chunks, offs)
         # a row's chunks of a kind differ by one at most
-        of_row = tl.where(is_exact, num_exact, num_items)
-        parts = tl.maximum(tl.where(is_exact, exact_chunks, item_chunks), 1)
-        first = tl.where(is_exact, exact_begin, item_begin)
+        of_row = tl.where(is_exact, num_exact, num_tiles)
+        parts = tl.maximum(tl.where(is_exact, exact_chunks, tile_chunks), 1)
+        first = tl.where(is_exact, exact_begin, tile_begin)
         begin = first + nth * of_row // parts
         end = first + (nth + 1) * of_row // parts
         mask = offs < num_chunks
@@ -105,15 +107,15 @@ def plan_chunks(
 
     Args:
         num_rows: rows of the batch as the graph was captured, padding rows included.
-        centroid_bytes: bytes of one centroid element, for the cost of an item.
+        centroid_bytes: bytes of one centroid element, for the cost of a tile.
     """
     if not 1 <= num_rows <= workspace.max_rows:
         raise ValueError(
             f"plan_chunks: num_rows must be between 1 and {workspace.max_rows}, got {num_rows}"
         )
     # keys and values are two bytes an element
-    item_cost = max(1, workspace.clusters_per_segment * centroid_bytes // 2)
-    min_items = triton.cdiv(_MIN_COST, item_cost)
+    tile_cost = max(1, workspace.tile_clusters * centroid_bytes // 2)
+    min_tiles = triton.cdiv(_MIN_COST, tile_cost)
     _plan_chunks_kernel[(num_rows,)](
         item_indptr_ptr=plan.item_indptr,
         exact_indptr_ptr=plan.exact_indptr,
@@ -125,9 +127,10 @@ def plan_chunks(
         num_rows=num_rows,
         wave_chunks=workspace.wave_chunks(centroid_bytes),
         target_chunks=workspace.target_chunks(num_rows),
-        ITEM_COST=item_cost,
-        MIN_ITEMS=min_items,
-        MAX_ITEMS=max(min_items, _MAX_COST // item_cost),
+        TILES=workspace.tiles_per_segment,
+        TILE_COST=tile_cost,
+        MIN_TILES=min_tiles,
+        MAX_TILES=max(min_tiles, _MAX_COST // tile_cost),
         EXACT_UNIT=workspace.config.coarse_block_tokens,
         BLOCK_ROWS=triton.next_power_of_2(workspace.max_rows),
         BLOCK_CHUNKS=128,

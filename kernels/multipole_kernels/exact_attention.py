@@ -18,8 +18,9 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from multipole_kernels.attention_state import LOG2_E, attend_slots, merge_parts, tail_bound
+from multipole_kernels.attention_state import LOG2_E, attend_slots, tail_bound
 from multipole_kernels.decode_buffers import DecodePlan, DecodeWorkspace, PoolLayer
+from multipole_kernels.step_output import count_step, write_output
 from multipole_kernels.take_out_clusters import take_out_clusters
 
 
@@ -36,7 +37,7 @@ def _exact_attention_kernel(
     item_indptr_ptr,  # [num_rows + 1]
     item_place_ptr,
     exact_indptr_ptr,  # [num_rows + 1]
-    cluster_weight_ptr,  # [max_items, NUM_KV_HEADS, GROUP, CLUSTERS] fp16
+    cluster_weight_ptr,  # [max_items * TILES, NUM_KV_HEADS, GROUP, TILE_CLUSTERS] fp16
     weight_shift_ptr,
     logit_spread_ptr,
     selected_clusters_ptr,  # [num_rows, NUM_KV_HEADS, cluster_capacity]
@@ -66,6 +67,7 @@ def _exact_attention_kernel(
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     CLUSTERS: tl.constexpr,
+    TILE_CLUSTERS: tl.constexpr,
     BLOCK_GROUP: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
@@ -178,6 +180,7 @@ def _exact_attention_kernel(
                 GROUP,
                 HEAD_DIM,
                 CLUSTERS,
+                TILE_CLUSTERS,
                 BLOCK_GROUP,
                 BLOCK_D,
                 BLOCK_CLUSTERS,
@@ -197,58 +200,35 @@ def _exact_attention_kernel(
         tl.debug_barrier()
         tl.store(num_arrived_ptr + row_head, 0)
 
-    # [MERGE_GROUP, BLOCK_D] the coarse state, to which the parts are added in order
-    offs_head = tl.arange(0, MERGE_GROUP)
-    offs_coarse = row_head * GROUP + offs_head
-    offs_out = offs_head[:, None] * HEAD_DIM + offs_dim[None, :]
-    mask_head = offs_head < GROUP
-    mask_out = mask_head[:, None] & (offs_dim < HEAD_DIM)[None, :]
-    merged_max = tl.load(coarse_max_ptr + offs_coarse, mask=mask_head, other=float("-inf"))
-    merged_sum = tl.load(coarse_sum_ptr + offs_coarse, mask=mask_head, other=0.0)
-    merged_acc = tl.load(
-        coarse_acc_ptr + row_head * GROUP * HEAD_DIM + offs_out, mask=mask_out, other=0.0
-    )
-    merged_max, merged_sum, merged_acc = merge_parts(
-        merged_max,
-        merged_sum,
-        merged_acc,
+    write_output(
+        row,
+        head,
+        num_parts,
+        out_ptr + row.to(tl.int64) * stride_out_row + head * GROUP * HEAD_DIM,
+        coarse_max_ptr,
+        coarse_sum_ptr,
+        coarse_acc_ptr,
         part_max_ptr + first_part,
         part_sum_ptr + first_part,
         part_acc_ptr + first_part * HEAD_DIM,
-        0,
-        num_parts,
-        GROUP,
+        NUM_KV_HEADS,
         GROUP,
         HEAD_DIM,
         MERGE_GROUP,
         BLOCK_D,
         PARTS_AT_ONCE,
     )
-    out = merged_acc / tl.where(merged_sum > 0.0, merged_sum, 1.0)[:, None]
-    tl.store(
-        out_ptr + row.to(tl.int64) * stride_out_row + head * GROUP * HEAD_DIM + offs_out,
-        out.to(out_ptr.dtype.element_ty),
-        mask=mask_out,
-    )
-
     if COUNT and head == 0:
-        num_items = tl.load(item_indptr_ptr + row + 1) - tl.load(item_indptr_ptr + row)
-        exact = tl.load(exact_indptr_ptr + row + 1) - tl.load(exact_indptr_ptr + row)
-        offs_kv_head = tl.arange(0, BLOCK_HEADS)
-        selected = tl.load(
-            num_selected_tokens_ptr + row * NUM_KV_HEADS + offs_kv_head,
-            mask=offs_kv_head < NUM_KV_HEADS,
-            other=0,
+        count_step(
+            row,
+            counters_ptr,
+            item_indptr_ptr,
+            exact_indptr_ptr,
+            num_selected_tokens_ptr,
+            num_clustered_tokens_ptr,
+            NUM_KV_HEADS,
+            BLOCK_HEADS,
         )
-        mean_selected = tl.sum(selected, 0) // NUM_KV_HEADS
-        clustered = tl.load(num_clustered_tokens_ptr + row_head)
-        row_ptr = counters_ptr + row * 4
-        if num_items > 0:
-            tl.store(row_ptr, tl.load(row_ptr) + 1)
-        elif exact > 0:
-            tl.store(row_ptr + 1, tl.load(row_ptr + 1) + 1)
-        tl.store(row_ptr + 2, tl.load(row_ptr + 2) + exact + mean_selected)
-        tl.store(row_ptr + 3, tl.load(row_ptr + 3) + exact + clustered)
 
 
 def exact_attention(
@@ -314,6 +294,7 @@ def exact_attention(
         GROUP=workspace.gqa_group_size,
         HEAD_DIM=workspace.head_dim,
         CLUSTERS=workspace.clusters_per_segment,
+        TILE_CLUSTERS=workspace.tile_clusters,
         cluster_capacity=workspace.selected_clusters.shape[2],
         slot_capacity=workspace.selected_capacity,
         BLOCK_GROUP=max(8, merge_group),  # columns of a dot

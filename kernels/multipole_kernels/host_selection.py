@@ -22,7 +22,8 @@ def host_selection(
             budget = min(int(plan.token_budget[row]), workspace.budget_capacity)
             item_slice = slice(items[row], items[row + 1])
             places = plan.item_place[item_slice].long()
-            ranks = _ranks(workspace, row, head, item_slice)
+            tiles = slice(*(items[end] * workspace.tiles_per_segment for end in (row, row + 1)))
+            ranks = _ranks(workspace, row, head, tiles)
             sizes = pool_layer.cluster_sizes[places, head].flatten().long()
             clusters = _take_best(ranks, sizes, budget)
             slots = [
@@ -51,14 +52,14 @@ def _merge_parts(workspace: DecodeWorkspace, row: int, parts: slice) -> None:
     workspace.coarse_acc[row] = (weight.unsqueeze(-1) * workspace.part_acc[parts]).sum(0)
 
 
-def _ranks(workspace: DecodeWorkspace, row: int, head: int, items: slice) -> torch.Tensor:
-    """[items * K] float32, summed over the query heads in order."""
+def _ranks(workspace: DecodeWorkspace, row: int, head: int, tiles: slice) -> torch.Tensor:
+    """[clusters of the tiles] float32, summed over the query heads in order."""
     lse_log2 = workspace.coarse_max_log2[row, head] + workspace.coarse_sum[row, head].log2()
-    # [items, G]
-    factor = (workspace.weight_shift_log2[items, head] - lse_log2).exp2()
-    ranks = torch.zeros_like(workspace.cluster_weight[items, head, 0], dtype=torch.float32)
+    # [tiles, G]
+    factor = (workspace.weight_shift_log2[tiles, head] - lse_log2).exp2()
+    ranks = torch.zeros_like(workspace.cluster_weight[tiles, head, 0], dtype=torch.float32)
     for group in range(workspace.gqa_group_size):
-        weight = workspace.cluster_weight[items, head, group].float()
+        weight = workspace.cluster_weight[tiles, head, group].float()
         ranks += weight * factor[:, group, None]
     return ranks.flatten()
 

@@ -1,6 +1,7 @@
 // What the parts of cluster_selection.cu share: constants, buffers, small device functions.
 //
-// Given by the launcher: NUM_KV_HEADS, GROUP, HEAD_DIM, CLUSTERS, SEGMENT_SIZE, THREADS.
+// Given by the launcher: NUM_KV_HEADS, GROUP, HEAD_DIM, CLUSTERS, TILE_CLUSTERS, SEGMENT_SIZE,
+// THREADS. A segment's CLUSTERS are weighed in tiles of TILE_CLUSTERS.
 
 #pragma once
 
@@ -12,6 +13,8 @@ constexpr u32 FULL_WARP = 0xffffffffu;
 constexpr int WARPS = THREADS / 32;
 constexpr int VECTOR = 4;  // clusters a thread looks at together
 constexpr int SEGMENT_VECTORS = CLUSTERS / VECTOR;
+constexpr int TILE_VECTORS = TILE_CLUSTERS / VECTOR;
+constexpr int TILES = CLUSTERS / TILE_CLUSTERS;  // of a segment
 constexpr int VECTORS_AT_ONCE = GROUP <= 4 ? 2 : 1;
 // a rank is at most GROUP, which is at most 16; ranks above 32 (of NaN) count as 32
 constexpr u32 RANK_BITS_TOP = 0x42000000u;
@@ -27,7 +30,8 @@ constexpr int CLUSTER_LANES = 16;
 constexpr int PARTS_AT_ONCE = 4;  // of a lane
 
 static_assert(THREADS % MAX_CANDIDATES == 0 && THREADS <= BINS / 4 && WARPS <= 32, "THREADS");
-static_assert(CLUSTERS % VECTOR == 0 && HEAD_DIM % 4 == 0 && GROUP <= 16, "geometry");
+static_assert(TILE_CLUSTERS % VECTOR == 0 && CLUSTERS % TILE_CLUSTERS == 0, "tiles");
+static_assert(HEAD_DIM % 4 == 0 && GROUP <= 16, "geometry");
 
 struct Candidate {
   u64 order;
@@ -66,8 +70,8 @@ struct Arguments {
   const u16* member_begin;           // [P, NUM_KV_HEADS, CLUSTERS]
   const u16* members;                // [P, NUM_KV_HEADS, SEGMENT_SIZE]
   const int* segment_slots;          // [P, SEGMENT_SIZE]
-  const u16* cluster_weight;         // [max_items, NUM_KV_HEADS, GROUP, CLUSTERS] fp16
-  const float* weight_shift;         // [max_items, NUM_KV_HEADS, GROUP]
+  const u16* cluster_weight;         // [max_items * TILES, NUM_KV_HEADS, GROUP, TILE_CLUSTERS] fp16
+  const float* weight_shift;         // [max_items * TILES, NUM_KV_HEADS, GROUP]
   const float* part_max;             // [max_chunks, NUM_KV_HEADS, GROUP]
   const float* part_sum;             // [max_chunks, NUM_KV_HEADS, GROUP]
   const float* part_acc;             // [max_chunks, NUM_KV_HEADS, GROUP, HEAD_DIM]

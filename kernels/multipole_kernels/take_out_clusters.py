@@ -43,6 +43,7 @@ def take_out_clusters(
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     CLUSTERS: tl.constexpr,
+    TILE_CLUSTERS: tl.constexpr,
     BLOCK_GROUP: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_CLUSTERS: tl.constexpr,
@@ -62,13 +63,14 @@ def take_out_clusters(
         within = (place * NUM_KV_HEADS + head) * CLUSTERS + cluster % CLUSTERS
         sizes = tl.load(cluster_sizes_ptr + within, mask=mask, other=0)
         variance = tl.load(key_variance_ptr + within, mask=mask, other=0.0)
+        tile = item_begin * (CLUSTERS // TILE_CLUSTERS) + cluster // TILE_CLUSTERS
         # [BLOCK_CLUSTERS, BLOCK_GROUP]
-        item_head = (item.to(tl.int64) * NUM_KV_HEADS + head)[:, None] * GROUP + offs_group[None, :]
+        tile_head = (tile.to(tl.int64) * NUM_KV_HEADS + head)[:, None] * GROUP + offs_group[None, :]
         mask_weight = mask[:, None] & (offs_group < GROUP)[None, :]
-        shift = tl.load(weight_shift_ptr + item_head, mask=mask_weight, other=float("-inf"))
-        spread = tl.load(logit_spread_ptr + item_head, mask=mask_weight, other=0.0)
+        shift = tl.load(weight_shift_ptr + tile_head, mask=mask_weight, other=float("-inf"))
+        spread = tl.load(logit_spread_ptr + tile_head, mask=mask_weight, other=0.0)
         weight = tl.load(
-            cluster_weight_ptr + item_head * CLUSTERS + (cluster % CLUSTERS)[:, None],
+            cluster_weight_ptr + tile_head * TILE_CLUSTERS + (cluster % TILE_CLUSTERS)[:, None],
             mask=mask_weight,
             other=0.0,
         ).to(tl.float32)
