@@ -30,10 +30,10 @@ from sglang_multipole.segment_builder import BuildOrder, KVLayer, SegmentBuilder
 from sglang_multipole.segment_planner import DecodeRow, StepPlan
 from sglang_multipole.torch_path import TorchPath
 
-HEADS, GROUP, DIM = 8, 4, 128  # Qwen3-8B's
+HEADS, GROUP, DIM, ROPE_BASE = 8, 4, 128, 1e6  # Qwen3-8B's
 NUM_LAYERS = 36
 INTERVAL = 64
-CONFIG = MultipoleConfig(token_budget=1024, min_context=0, audit_interval=1)
+CONFIG = MultipoleConfig(token_budget=1024, min_context=0, audit_interval=1).for_model(ROPE_BASE)
 POINTS = {"cpu": ((4096, 1), (16384, 1)), "cuda": ((8192, 16), (32768, 16), (131072, 4))}
 
 

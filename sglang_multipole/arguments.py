@@ -51,7 +51,10 @@ def requested_config(arguments: MutableMapping[str, Any]) -> MultipoleConfig | N
 def attach(server_args: Any, config: MultipoleConfig) -> None:
     """Refuse what cannot be served; else let the configuration travel with ServerArgs.
 
+    What the model chooses is chosen here, once for all processes.
+
     Raises:
+        ConfigError: what the model chooses does not go with the configuration.
         RefusedError: an argument or the model is in the way.
         RuntimeError: a hook of this process could not be applied.
     """
@@ -59,4 +62,5 @@ def attach(server_args: Any, config: MultipoleConfig) -> None:
 
     apply_now(TOKENIZER_PATCHES)
     refusals.check_arguments(server_args, config)
+    config = config.for_model(sglang_compat.rope_base(server_args.get_model_config()))
     setattr(server_args, sglang_compat.ARGS_ATTRIBUTE, config.to_dict())

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_multipole import events_endpoint
+from sglang_multipole.segment_size import segment_size_for
 from sglang_multipole.suggestion import suggest
 
 BACKEND_NAME = "multipole"
@@ -67,7 +68,12 @@ class MultipoleConfig:
     )
     tokens_per_cluster: int = _key(16, "mean cluster size", "tokens", 2, 256)
     segment_size: int = _key(
-        2048, "tokens clustered together; a multiple of recluster_interval", "tokens", 128, 16384
+        0,
+        "tokens clustered together, 128 or more and a multiple of recluster_interval; 0 chooses by "
+        "the model's RoPE base",
+        "tokens",
+        0,
+        16384,
     )
     recluster_interval: int = _key(
         128,
@@ -178,6 +184,11 @@ class MultipoleConfig:
                 "strict_activation makes answers independent of load, and min_context by batch "
                 "size makes them depend on it; give min_context as one number of tokens"
             )
+        if 0 < self.segment_size < 128:
+            raise ConfigError(
+                "segment_size must be 128 to 16384 tokens, or 0 to have it chosen by the model's "
+                f"RoPE base, got {self.segment_size}"
+            )
         if self.segment_size % self.recluster_interval:
             raise ConfigError(
                 f"segment_size ({self.segment_size} tokens) must be a multiple of "
@@ -193,6 +204,19 @@ class MultipoleConfig:
                 f"num_sink_tokens ({self.num_sink_tokens} tokens) must be less than "
                 f"recluster_interval ({self.recluster_interval} tokens)"
             )
+
+    def for_model(self, rope_base: float) -> MultipoleConfig:
+        """The configuration with nothing left to be chosen by the model.
+
+        Args:
+            rope_base: rope_theta in the model's configuration.
+
+        Raises:
+            ConfigError: the segment size that the model chooses does not go with another key.
+        """
+        if self.segment_size:
+            return self
+        return dataclasses.replace(self, segment_size=segment_size_for(rope_base))
 
     @property
     def max_cluster_size(self) -> int:

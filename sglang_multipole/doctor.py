@@ -207,7 +207,8 @@ def _memory(config: Any, model: Any, max_total_tokens: int | None) -> Finding:
     )
     detail = (
         f"{pool_bytes} bytes a token of KV cache, beside its {kv_bytes} "
-        f"({100 * pool_bytes / kv_bytes:.1f} %), on each rank"
+        f"({100 * pool_bytes / kv_bytes:.1f} %), on each rank; segments of {config.segment_size} "
+        "tokens"
     )
     if max_total_tokens:
         total = pool_bytes * max_total_tokens / 2**30

@@ -23,6 +23,9 @@ TESTED_VERSIONS = ("0.5.17",)
 # rows that batches without a CUDA graph may have, if there are so many requests
 _MAX_ROWS_WITHOUT_GRAPH = 256
 
+# what SGLang's models take where a configuration names none
+_DEFAULT_ROPE_BASE = 10000.0
+
 # attribute of ServerArgs that carries the configuration to every process as plain builtins; its
 # leading underscore is what lets it through SGLang's read-only and field checks
 ARGS_ATTRIBUTE = "_multipole"
@@ -103,6 +106,16 @@ def _rotary_table(emb: Any, runner: Any) -> tuple[torch.Tensor, torch.Tensor]:
     table = emb.cos_sin_cache[: runner.req_to_token_pool.req_to_token.shape[1]]
     cos, sin = table.to(runner.device, torch.float32).chunk(2, dim=-1)
     return cos.contiguous(), sin.contiguous()
+
+
+def rope_base(model_config: Any) -> float:
+    """rope_theta of a model's configuration, the largest if there are several kinds of layers."""
+    text_config = model_config.hf_text_config
+    parameters = getattr(text_config, "rope_parameters", None) or {}
+    by_kind = [value for value in parameters.values() if isinstance(value, dict)]
+    bases = [kind.get("rope_theta") for kind in (by_kind or [parameters])]
+    bases.append(getattr(text_config, "rope_theta", None))
+    return max((base for base in bases if base is not None), default=_DEFAULT_ROPE_BASE)
 
 
 def write_kv(pool: Any, layer: Any, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:

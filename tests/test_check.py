@@ -14,7 +14,7 @@ from sglang_multipole import check_command, cli
 from sglang_multipole.config import MultipoleConfig
 from sglang_multipole.local_server import find_free_port
 
-CONFIG = MultipoleConfig()
+CONFIG = MultipoleConfig(segment_size=2048)
 
 
 class MadeUp:
@@ -130,9 +130,9 @@ def test_a_server_that_does_not_answer_is_one_line(capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     "config",
     [
-        MultipoleConfig(),
-        MultipoleConfig(min_context=0, token_budget=3000),
-        MultipoleConfig(min_context=640, token_budget=128),
+        CONFIG,
+        MultipoleConfig(segment_size=4096, min_context=0, token_budget=6000),
+        MultipoleConfig(segment_size=2048, min_context=640, token_budget=128),
     ],
 )
 def test_the_prompt_is_long_enough_to_be_sparse_and_sealed(config: MultipoleConfig) -> None:

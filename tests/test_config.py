@@ -46,6 +46,7 @@ def test_a_text_a_dict_and_a_file_give_the_same(tmp_path):
             '{"min_context": {"1": 9}, "strict_activation": true}',
             "give min_context as one number of tokens",
         ),
+        ('{"segment_size": 64}', "segment_size must be 128 to 16384 tokens, or 0 .*, got 64"),
         ('{"segment_size": 1000}', r"segment_size \(1000 tokens\) must be a multiple"),
         ('{"tokens_per_cluster": 48}', r"must be a multiple of tokens_per_cluster \(48 tokens\)"),
         ('{"num_sink_tokens": 128}', r"must be less than recluster_interval \(128 tokens\)"),
@@ -121,6 +122,23 @@ def test_each_of_a_thousand_malformed_configurations_gets_an_error_that_names_it
 def test_any_text_gives_a_configuration_or_a_named_error(text):
     with contextlib.suppress(ConfigError):
         MultipoleConfig.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("rope_base", "segment_size"),
+    [(1e4, 2048), (1e5, 2048), (4e5, 2048), (5e5, 4096), (1e6, 4096), (1e7, 4096)],
+)
+def test_the_rope_base_chooses_the_segment_size_unless_it_is_given(rope_base, segment_size):
+    assert MultipoleConfig().for_model(rope_base).segment_size == segment_size
+    assert MultipoleConfig(segment_size=1024).for_model(rope_base).segment_size == 1024
+    chosen = MultipoleConfig(token_budget=7).for_model(rope_base)
+    assert chosen == MultipoleConfig(token_budget=7, segment_size=segment_size)
+
+
+def test_a_chosen_segment_size_must_go_with_the_other_keys():
+    config = MultipoleConfig(recluster_interval=192)
+    with pytest.raises(ConfigError, match="segment_size .2048 tokens. must be a multiple of recl"):
+        config.for_model(1e5)
 
 
 @given(st.integers(1, 200000))

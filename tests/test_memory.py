@@ -9,12 +9,12 @@ from sglang_multipole import memory
 from sglang_multipole.cluster_pool import ClusterPool, PoolShape, place_bytes
 from sglang_multipole.config import MultipoleConfig
 
-CONFIG = MultipoleConfig()
+CONFIG = MultipoleConfig(segment_size=2048)
 
 
 @pytest.mark.parametrize("dtype", ["int8", "fp8_e4m3", "auto"])
 def test_a_place_costs_what_is_charged_for_it(dtype):
-    config = MultipoleConfig(centroid_dtype=dtype)
+    config = MultipoleConfig(segment_size=2048, centroid_dtype=dtype)
 
     def pool(num_places: int) -> ClusterPool:
         shape = PoolShape(3, 2, 64, 100, 10, torch.bfloat16, "cpu")
@@ -28,7 +28,7 @@ def test_a_place_costs_what_is_charged_for_it(dtype):
 def test_the_pool_stays_within_its_share_of_the_kv_pool(dtype, share):
     """Qwen3-8B's geometry, 374K tokens, one centroid in 16 tokens."""
     num_tokens, layers, heads, dim = 374_000, 36, 8, 128
-    config = MultipoleConfig(centroid_dtype=dtype)
+    config = MultipoleConfig(segment_size=2048, centroid_dtype=dtype)
     places = memory.num_places(config, num_tokens)
     kv_bytes = num_tokens * layers * heads * 2 * dim * 2
     assert places * place_bytes(config, layers, heads, dim, torch.bfloat16) / kv_bytes < share
@@ -37,5 +37,5 @@ def test_the_pool_stays_within_its_share_of_the_kv_pool(dtype, share):
 def test_headroom_is_chosen_or_given():
     assert memory.num_places(CONFIG, 2048 * 160) == 160 + 10 + 1
     assert memory.num_places(CONFIG, 2048) == 1 + 8 + 1
-    given = MultipoleConfig(pool_headroom=50)
+    given = MultipoleConfig(segment_size=2048, pool_headroom=50)
     assert memory.num_places(given, 2048 * 160 + 1) == 161 + 50 + 1

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from sglang_multipole import arguments, refusals
+from sglang_multipole import arguments, refusals, sglang_compat
 from sglang_multipole.config import ConfigError, MultipoleConfig
 
 CONFIG = MultipoleConfig()
@@ -112,6 +112,28 @@ def test_a_conflict_is_named_before_sglang_resolves_the_arguments():
     asked = {"enable_multipole": True, "enable_deterministic_inference": True}
     with pytest.raises(refusals.RefusedError, match="deterministic inference: leave out"):
         arguments.requested_config(asked)
+
+
+@pytest.mark.parametrize(
+    ("text_config", "base"),
+    [
+        ({"rope_theta": 5e5}, 5e5),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, 1e6),
+        ({"rope_parameters": {"full": {"rope_theta": 1e6}, "other": {"rope_theta": 1e4}}}, 1e6),
+        ({"rope_parameters": None}, 1e4),
+        ({}, 1e4),
+    ],
+)
+def test_the_rope_base_is_read_from_either_form_of_a_configuration(text_config, base):
+    model_config = SimpleNamespace(hf_text_config=SimpleNamespace(**text_config))
+    assert sglang_compat.rope_base(model_config) == base
+
+
+def test_what_the_model_chooses_travels_with_the_arguments(monkeypatch):
+    monkeypatch.setattr("multipole_patches.apply_now", lambda patches: None)
+    args = make_args(model_hf_text_config=SimpleNamespace(rope_theta=1e6))
+    arguments.attach(args, CONFIG)
+    assert sglang_compat.config_values(args)["segment_size"] == 4096
 
 
 def test_without_the_flag_nothing_changes():

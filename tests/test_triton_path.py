@@ -67,7 +67,7 @@ def test_batches_that_the_buffers_admit_fit_them():
     """256 rows of 128K tokens on a pool of 374K: no rows x context buffers."""
     from sglang_multipole.step_buffers import MAX_SHARING, StepBuffers, StepShape
 
-    config = MultipoleConfig()
+    config = MultipoleConfig(segment_size=2048)
     shape = StepShape(256, 131072, 374_000, 8, 4, 128)
     buffers = StepBuffers(config, shape, "meta", "cpu")
     assert buffers.limits.rows == 256
