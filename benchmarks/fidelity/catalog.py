@@ -35,9 +35,10 @@ OURS: dict[str, dict] = {
     "ours-cap-64": {"clustering": {"max_cluster_size": 64}},
     "ours-cap-none": {"clustering": {"max_cluster_size": None}},
     "ours-dissolve-needed": {"clustering": {"dissolve_needed": True}},
-    "ours-offline": {"clustering": {"segment_size": 8192}},
+    "ours-offline": {"clustering": {"segment_size": 1 << 30}},  # one segment
     "ours-1024": {"clustering": {"segment_size": 1024}},
     "ours-4096": {"clustering": {"segment_size": 4096}},
+    "ours-8192": {"clustering": {"segment_size": 8192}},
     "ours-4096-ratio-12": {
         "clustering": {"segment_size": 4096, "tokens_per_cluster": 12, "max_cluster_size": 96}
     },

@@ -26,6 +26,7 @@ from benchmarks.fidelity.metrics import attention_errors, teacher_forced
 from benchmarks.fidelity.sweep import divergence_row, versions, write_row
 
 COLUMNS = [
+    "commit",
     "model",
     "torch",
     "transformers",
@@ -87,6 +88,7 @@ def main() -> None:
         "--stride", type=int, default=8, help="of positions for errors; a power of 2"
     )
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--commit", default="unknown", help="of this repository, for the rows")
     args = parser.parse_args()
 
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -95,7 +97,8 @@ def main() -> None:
         if text["name"] not in args.names:
             continue
         dense = capture(model, text["token_ids"], len(text["token_ids"]) - args.prefix)
-        common = versions(model, args.model) | {k: text[k] for k in ("split", "kind", "name")}
+        common = versions(model, args.model, args.commit)
+        common |= {k: text[k] for k in ("split", "kind", "name")}
         common |= {"prefix": args.prefix, "stride": args.stride}
         for budget, method in product(args.budgets, methods(args.methods)):
             label = {"method": method.name, "budget": budget}

@@ -31,6 +31,7 @@ from benchmarks.fidelity.methods.features import Calibration
 from benchmarks.fidelity.metrics import attention_errors, teacher_forced
 
 COLUMNS = [
+    "commit",
     "model",
     "torch",
     "transformers",
@@ -100,10 +101,11 @@ def divergence_row(divergence) -> dict[str, float]:
     }
 
 
-def versions(model: torch.nn.Module, path: str) -> dict[str, str]:
+def versions(model: torch.nn.Module, path: str, commit: str) -> dict[str, str]:
     """What a row must say so that it can be repeated."""
     cuda = model.device.type == "cuda"
     return {
+        "commit": commit,
         "model": Path(path).stem,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -155,7 +157,8 @@ def run_text(
     label = {"seed": text["seed"], "stride": args.stride if "attention" in args.what else ""}
     label |= {key: text[key] for key in ("split", "kind", "name")}
     label |= {"greedy": text.get("greedy", False)}
-    common = versions(model, args.model) | {"tokens": len(tokens), "decoded": args.decoded} | label
+    common = versions(model, args.model, args.commit) | label
+    common |= {"tokens": len(tokens), "decoded": args.decoded}
     for row in sweep_text(model, dense, chosen, args.budgets, args.what, args.stride):
         write_row(args.out, COLUMNS, common | row)
         numbers = (f"{k}={v:.4g}" for k, v in row.items() if isinstance(v, float))
@@ -184,6 +187,7 @@ def main() -> None:
         "--calibrate-on", default="argparse", help="a text of the dev split; empty to skip"
     )
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--commit", default="unknown", help="of this repository, for the rows")
     parser.add_argument("--processes", type=int, default=1, help="texts at a time, on one device")
     parser.add_argument("--seconds", type=float, default=1e9, help="stop a text after these")
     args = parser.parse_args()
