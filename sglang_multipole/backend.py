@@ -56,10 +56,12 @@ class MultipoleAttnBackend(AttentionBackend):
             self.dense.init_forward_metadata_in_graph(forward_batch)
 
     def _begin_step(self, forward_batch: Any) -> None:
-        # a forward without a plan is a warm-up
-        self.is_sparse = self.runtime.has_plan and self.runtime.begin_step(
-            forward_batch.req_pool_indices, forward_batch.seq_lens
-        )
+        rows = forward_batch.req_pool_indices
+        if self.runtime.has_plan:
+            self.is_sparse = self.runtime.begin_step(rows, forward_batch.seq_lens)
+        else:
+            self.is_sparse = False
+            self.runtime.count_unannounced(len(rows))
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         limit = self.runtime.path.limits.rows

@@ -11,7 +11,17 @@ BUDGET_COVERS = "budget_covers"
 TOO_LARGE = "batch_too_large"  # for the buffers; see memory.py
 POOL_FULL = "pool_full"
 NOT_BUILT = "not_built_yet"
-REASONS = (BELOW_GATE, SWITCHED_OFF, BUDGET_COVERS, TOO_LARGE, POOL_FULL, NOT_BUILT)
+# a forward that no scheduler iteration planned, as SGLang's warm-ups at start; of no request
+NOT_ANNOUNCED = "not_announced"
+REASONS = (
+    BELOW_GATE,
+    SWITCHED_OFF,
+    BUDGET_COVERS,
+    TOO_LARGE,
+    POOL_FULL,
+    NOT_BUILT,
+    NOT_ANNOUNCED,
+)
 
 
 def dense_reason(row: DecodeRow, plan: StepPlan, config: MultipoleConfig) -> str:

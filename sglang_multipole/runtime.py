@@ -28,7 +28,7 @@ from sglang_multipole.activity import Activity
 from sglang_multipole.audit import Audit, AuditedRow, AuditResult, PendingAudit
 from sglang_multipole.cluster_pool import ClusterPool
 from sglang_multipole.config import MultipoleConfig
-from sglang_multipole.dense_reasons import REASONS, dense_reason
+from sglang_multipole.dense_reasons import NOT_ANNOUNCED, REASONS, dense_reason
 from sglang_multipole.segment_builder import SegmentBuilder
 from sglang_multipole.segment_planner import (
     BatchLimits,
@@ -133,6 +133,10 @@ class MultipoleRuntime:
     def has_plan(self) -> bool:
         """Whether the next forward was announced by plan_step; a warm-up's was not."""
         return self._plan is not None
+
+    def count_unannounced(self, num_rows: int) -> None:
+        """A forward of num_rows rows without a plan is attended densely."""
+        self.dense_steps[NOT_ANNOUNCED] += num_rows
 
     def begin_step(self, rows: torch.Tensor, seq_lens: torch.Tensor) -> bool:
         """Kills and builds, then the snapshot of the batch.

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_multipole.local_server import LocalServer
+from tests import server_client
 
 # small servers that share one card; two runs of cuBLAS on other sizes give other roundings
 FLAGS = (
@@ -61,17 +62,8 @@ def running(
 
 def ask(server: LocalServer, prompt: str | list[int], num_tokens: int = 48) -> dict[str, Any]:
     """A greedy answer with the likeliest tokens of each step."""
-    key = "text" if isinstance(prompt, str) else "input_ids"
-    return server.post(
-        "/generate",
-        {
-            key: prompt,
-            "sampling_params": {"temperature": 0, "max_new_tokens": num_tokens, "ignore_eos": True},
-            "return_logprob": True,
-            "top_logprobs_num": NUM_TOP,
-            "logprob_start_len": -1,
-        },
-    )
+    wanted = {"return_logprob": True, "top_logprobs_num": NUM_TOP, "logprob_start_len": -1}
+    return server_client.ask(server, prompt, num_tokens, **wanted)
 
 
 def ask_together(
@@ -93,22 +85,3 @@ def assert_equal_up_to_ties(answer: dict[str, Any], expected: dict[str, Any]) ->
             assert gap <= TIE_NATS, f"token {index} differs, and was {gap:.3f} nats behind"
             return False
     return True
-
-
-def activity(answer: dict[str, Any]) -> dict[str, int]:
-    return answer["meta_info"]["multipole"]
-
-
-def report(server: LocalServer) -> dict[str, Any]:
-    return json.loads(server.get("/server_info"))["internal_states"][0]["multipole"]
-
-
-def flush(server: LocalServer) -> None:
-    """Empty both pools; the server compares the cluster pool with its invariants before."""
-    import urllib.request
-
-    request = urllib.request.Request(f"{server.base_url}/flush_cache?timeout=30", method="POST")
-    with urllib.request.urlopen(request, timeout=60) as response:
-        assert response.status == 200
-    pool = report(server)["pool"]
-    assert pool["free"] == pool["places"]

@@ -92,11 +92,16 @@ def test_a_graph_is_captured_with_what_it_is_to_replay(backend):
     assert backend.forward_decode("q", None, None, None, None) == "q"
 
 
-def test_a_warm_up_is_dense(backend):
+def test_a_forward_that_was_not_announced_is_dense_and_counted(host, backend):
     backend.is_sparse = True
     backend.init_forward_metadata(forward_batch((0, 1)))
     assert backend.is_sparse is False
-    assert backend.dense.calls == ["eager"]
+    backend.init_forward_metadata_out_graph(forward_batch((0, 1), (0, 1)))
+    assert backend.is_sparse is False
+    assert backend.dense.calls == ["eager", "replay"]
+    # capture is no step
+    backend.init_forward_metadata_out_graph(forward_batch((0, 1)), in_capture=True)
+    assert host.runtime.dense_steps["not_announced"] == 3
 
 
 def test_graphs_must_fit_the_decode_buffers(host, backend):

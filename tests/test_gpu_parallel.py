@@ -11,15 +11,8 @@ import pytest
 import torch
 
 from sglang_multipole.local_server import LocalServer
-from tests.gpu_servers import (
-    activity,
-    ask,
-    ask_together,
-    assert_equal_up_to_ties,
-    flush,
-    multipole,
-    running,
-)
+from tests.gpu_servers import ask, ask_together, assert_equal_up_to_ties, multipole, running
+from tests.server_client import activity, flush
 
 pytestmark = [
     pytest.mark.gpu,

@@ -7,12 +7,10 @@ process a test (`-k`), as they share a card.
 from __future__ import annotations
 
 import contextlib
-import http.client
 import json
 import subprocess
 import sys
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Any
 
 import pytest
@@ -20,20 +18,17 @@ import pytest
 from sglang_multipole.local_server import LocalServer
 from tests.gpu_servers import (
     MIN_CONTEXT,
-    activity,
     ask,
     ask_together,
     assert_equal_up_to_ties,
-    flush,
     multipole,
-    report,
     running,
 )
+from tests.server_client import TEXT, abandon, activity, flush, state
 
 pytestmark = [pytest.mark.gpu, pytest.mark.server]
 
-# about four characters a token; the model has 8192 positions
-TEXT = " ".join(topics[name] for name in sorted(topics))
+# the model has 8192 positions
 SHORT = [TEXT[i * 700 : i * 700 + 150 + 300 * i] for i in range(8)]
 LONG = [TEXT[9000 * i : 9000 * i + 6000 + 2200 * i] for i in range(8)]
 FLASHINFER = ["--dtype=bfloat16", "--attention-backend=flashinfer"]
@@ -77,7 +72,7 @@ def assert_served_where_steps_can_be_exact(server: LocalServer) -> None:
 
 def test_the_default_server_and_its_dense_twin(model_path: Path):
     with running(model_path, [[*FLASHINFER, *multipole()], FLASHINFER]) as (server, twin):
-        before = report(server)["dense_steps"]["below_min_context"]  # the warm-up's
+        before = state(server)["dense_steps"]["below_min_context"]  # the warm-up's
         # below the gate the graphs are the twin's own
         for prompt in SHORT:
             answer, expected = ask(server, prompt), ask(twin, prompt)
@@ -85,14 +80,14 @@ def test_the_default_server_and_its_dense_twin(model_path: Path):
             assert answer["output_ids"] == expected["output_ids"]
             assert activity(answer)["sparse_steps"] == 0
             assert activity(answer)["dense_steps"] == 47
-        state = report(server)
+        info = state(server)
         # with overlap scheduling a request that has ended is in one more step
-        steps = state["dense_steps"]["below_min_context"] - before
+        steps = info["dense_steps"]["below_min_context"] - before
         assert 8 * 47 <= steps <= 8 * 48
-        graphs = state["graphs"]
+        graphs = info["graphs"]
         assert graphs["sparse"]["graphs"] == graphs["dense"]["graphs"] > 4
         assert graphs["sparse"]["seconds"] > 0
-        assert state["pool"]["workspace_bytes"] > 0
+        assert info["pool"]["workspace_bytes"] > 0
         assert_served_alone_and_together(server, [*LONG, *SHORT])
         command = [sys.executable, "-m", "sglang_multipole", "check", "--base-url", server.base_url]
         checked = subprocess.run(command, capture_output=True, text=True)
@@ -151,18 +146,3 @@ def test_memory_is_released_and_resumed(model_path: Path):
         assert after["output_ids"] == before["output_ids"]
         assert activity(after)["segments_built"] > 0
         flush(server)
-
-
-def abandon(server: LocalServer, prompt: str) -> None:
-    """Ask for a long answer and go away after its first token."""
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=120)
-    body = {
-        "text": prompt,
-        "stream": True,
-        "sampling_params": {"max_new_tokens": 2000, "ignore_eos": True},
-    }
-    connection.request("POST", "/generate", json.dumps(body), {"Content-Type": "application/json"})
-    response = connection.getresponse()
-    response.readline()
-    response.close()
-    connection.close()

