@@ -176,6 +176,8 @@ class SegmentPlanner:
                 may_be_shared = extent == self.config.segment_size and request.is_admission
                 place = self._take_place(strict or not may_be_shared)
                 if not place:
+                    place = self._own_place(request, segment, extent)
+                if not place:
                     starved.add(row.rid)
                 else:
                     orders.append(BuildOrder(row.row, segment, extent, place))
@@ -222,6 +224,16 @@ class SegmentPlanner:
         ):
             wanted.append((num_sealed, open_extent))
         return wanted
+
+    def _own_place(self, request: _Request, segment: int, extent: int) -> int:
+        """The place of the request's open segment, if these tokens replace or seal it; or 0.
+
+        In a full pool an open segment is clustered anew where it lies.
+        """
+        if segment * self.config.segment_size + extent < request.ordered:
+            return 0
+        place, request.open_place = request.open_place, 0
+        return place
 
     def _note_order(self, request: _Request, order: BuildOrder) -> None:
         size = self.config.segment_size

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from multipole_kernels.torch_decode import EXACT_TOKENS
 from sglang_multipole.activity import Activity
 from sglang_multipole.cluster_pool import ClusterPool, PoolShape
 from sglang_multipole.config import MultipoleConfig
@@ -224,6 +225,29 @@ def test_least_recently_used_segments_make_room():
     host.runtime.clear()
     host.runtime.check_integrity()
     assert len(host.runtime.planner.free) == 8
+
+
+def test_more_requests_than_places_keep_the_places_they_have():
+    """The others are dense and counted; a full pool once kept open segments from growing, and what
+    was generated meanwhile was attended exactly for as long as the pool was full."""
+    host = Host(SMALL, num_places=4)
+    for row in range(1, 6):
+        host.add(f"r{row}", row, 100)
+    for _ in range(40):
+        host.step()
+    sparse = [f"r{row}" for row in (1, 2, 3)]
+    assert all(host.activities[rid].dense_steps == 0 for rid in sparse)
+    assert all(host.activities[rid].sparse_steps == 0 for rid in ("r4", "r5"))
+    assert host.runtime.dense_steps["pool_full"] == 2 * 40
+    # at 140 tokens 96 are clustered; as many have been since there were 128
+    recent = 140 - 96
+    exact = [counters[EXACT_TOKENS] for counters in host.runtime.last_step.counters]
+    assert max(exact[:3]) <= SMALL.token_budget + SMALL.num_sink_tokens + recent
+    # who ends makes room
+    del host.rows["r2"]
+    host.step()
+    assert host.activities["r4"].sparse_steps == 1
+    assert host.activities["r5"].sparse_steps == 0
 
 
 def test_a_request_that_shares_its_prefix_evicts_nothing():

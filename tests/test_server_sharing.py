@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 from sglang_multipole.local_server import LocalServer
-from tests.server_client import TEXT, ask, state
+from tests.server_client import TEXT, activity, ask, state
 from tests.server_fixture import GetServer
 from tests.test_server_multipole import LONG, SHORT, SPARSE
 
@@ -22,6 +23,14 @@ SMALL_CACHE = (
     "--max-total-tokens=3072",
     "--strip-thinking-cache",
     "--reasoning-parser=deepseek-r1",
+)
+# a cluster pool of four places
+FEW_PLACES = (
+    "--enable-multipole",
+    "--multipole-config="
+    + json.dumps(
+        {"token_budget": 128, "min_context": 640, "segment_size": 4096, "pool_headroom": 1}
+    ),
 )
 
 
@@ -134,6 +143,28 @@ def test_a_prefix_that_was_evicted_comes_back_in_other_slots(get_server: GetServ
     assert again["meta_info"]["cached_tokens"] < 100
     assert again["output_ids"] == first[0]
     assert again["meta_info"]["multipole"]["dense_steps"] == 0
+    assert_nothing_leaked(server)
+
+
+def test_more_requests_than_places_are_served_sparsely_or_say_why(get_server: GetServer) -> None:
+    server = get_server(*FEW_PLACES)
+    before = state(server)
+    assert before["pool"]["places"] == 4
+    texts = [TEXT[start : start + 3600] for start in range(0, 60000, 10000)]
+    with ThreadPoolExecutor(len(texts)) as pool:
+        answers = list(pool.map(lambda text: ask(server, text, 24), texts))
+    steps = [activity(answer) for answer in answers]
+    # steps are sparse or dense; the first requests to end make room for the others
+    assert all(each["sparse_steps"] + each["dense_steps"] == 23 for each in steps)
+    assert sum(each["sparse_steps"] == 23 for each in steps) >= 4
+    num_dense = sum(each["dense_steps"] for each in steps)
+    assert num_dense > 0
+    after = state(server)
+    grown = after["dense_steps"]["pool_full"] - before["dense_steps"]["pool_full"]
+    # with overlap scheduling a request that has ended is in one more step
+    assert num_dense <= grown <= num_dense + len(texts)
+    assert after["segments"]["orders_without_place"] > 0
+    assert activity(ask(server, texts[0], 24))["dense_steps"] == 0
     assert_nothing_leaked(server)
 
 
