@@ -2,7 +2,8 @@
 
 A captured graph owns the addresses of the buffers, so they are made once for the largest batch;
 a batch beyond their limits is attended densely, and nothing is allocated while the server runs.
-Nothing here waits for the device; results travel to the host through a ring of pinned buffers.
+Nothing here waits for the device; results travel to the host through a ring of pinned buffers, on a
+stream of their own, beside the sampling of the step's tokens.
 """
 
 from __future__ import annotations
@@ -47,11 +48,15 @@ class TritonPath:
         self.nbytes, self.limits = buffers.nbytes, buffers.limits
         max_rows, max_segments = buffers.snapshot.found_extent.shape
         self._budgets = [_pinned(max_rows, dtype=torch.int32) for _ in range(_RING)]
+        self._budgets_sent: list[int] | None = None
+        # without a GPU (the interpreter) copies have happened when they return
+        self._copies = torch.cuda.Stream() if torch.cuda.is_available() else None
         self._results = [
             TritonResults(
                 _pinned(max_rows, max_segments, dtype=torch.int32),
                 _pinned(max_rows, NUM_COUNTERS, dtype=torch.int64),
                 _pinned(pool.num_places, dtype=torch.int64),
+                self._copies,
             )
             for _ in range(_RING)
         ]
@@ -75,11 +80,11 @@ class TritonPath:
         """
         config, num_rows, buffers = self.pool.config, rows.shape[0], self.buffers
         self._turn = (self._turn + 1) % _RING
-        budgets = self._budgets[self._turn]
-        budgets[:num_rows] = 0
-        budgets[: len(token_budgets)] = torch.tensor(token_budgets, dtype=torch.int32)
         plan = buffers.snapshot.plan
-        plan.token_budget[:num_rows].copy_(budgets[:num_rows], non_blocking=True)
+        if self._copies is not None:
+            # what the last step's results are copied from is written below
+            torch.cuda.current_stream().wait_stream(self._copies)
+        self._send_budgets([*token_budgets, *[0] * (num_rows - len(token_budgets))])
         buffers.snapshot.take(
             self._index,
             self.req_to_token,
@@ -92,6 +97,16 @@ class TritonPath:
         )
         plan_chunks(plan, buffers.workspace, num_rows, self.pool.key_centroids.element_size())
         buffers.counters[:num_rows].zero_()
+
+    def _send_budgets(self, budgets: list[int]) -> None:
+        """Fill plan.token_budget, unless it holds them from the step before."""
+        if budgets == self._budgets_sent:
+            return
+        pinned = self._budgets[self._turn][: len(budgets)]
+        pinned.copy_(torch.tensor(budgets, dtype=torch.int32))
+        token_budget = self.buffers.snapshot.plan.token_budget
+        token_budget[: len(budgets)].copy_(pinned, non_blocking=True)
+        self._budgets_sent = budgets
 
     def attend(self, layer: int, q: torch.Tensor, sm_scale: float, out: torch.Tensor) -> None:
         """Attention of the step's rows in one layer; q, out [B, num_q_heads, head_dim]."""
@@ -125,23 +140,36 @@ class TritonPath:
 
 
 class TritonResults:
-    """Pinned buffers of one step's results; read waits for the copy."""
+    """Pinned buffers of one step's results; read waits for the copy.
 
-    def __init__(self, found: torch.Tensor, counters: torch.Tensor, last_used: torch.Tensor):
+    Args:
+        copies: the stream of the copies, None without a GPU.
+    """
+
+    def __init__(
+        self,
+        found: torch.Tensor,
+        counters: torch.Tensor,
+        last_used: torch.Tensor,
+        copies: torch.cuda.Stream | None,
+    ):
         self._found, self._counters, self._last_used = found, counters, last_used
-        # without a GPU (the interpreter) copies have happened when they return
-        self._event = torch.cuda.Event() if torch.cuda.is_available() else None
+        self._copies = copies
+        self._event = torch.cuda.Event() if copies is not None else None
         self._num_rows = 0
 
     def start(
         self, num_rows: int, found: torch.Tensor, counters: torch.Tensor, last_used: torch.Tensor
     ) -> None:
         self._num_rows = num_rows
-        self._found[:num_rows].copy_(found[:num_rows], non_blocking=True)
-        self._counters[:num_rows].copy_(counters[:num_rows], non_blocking=True)
-        self._last_used.copy_(last_used, non_blocking=True)
-        if self._event is not None:
-            self._event.record()
+        if self._copies is not None:
+            self._copies.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._copies):  # None: no stream
+            self._found[:num_rows].copy_(found[:num_rows], non_blocking=True)
+            self._counters[:num_rows].copy_(counters[:num_rows], non_blocking=True)
+            self._last_used.copy_(last_used, non_blocking=True)
+            if self._event is not None:
+                self._event.record(self._copies)
 
     def read(self) -> tuple[np.ndarray, list[list[int]], np.ndarray]:
         if self._event is not None:

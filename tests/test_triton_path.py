@@ -79,6 +79,15 @@ def test_batches_that_the_buffers_admit_fit_them():
     assert buffers.nbytes < 512 * 2**20
 
 
+def test_budgets_are_those_of_the_step(host):
+    """They are sent when they change, and the batch's size changes them too."""
+    rows, lengths = torch.tensor([1, 2, 3]), torch.tensor([1, 1, 1])
+    token_budget = host.path.buffers.snapshot.plan.token_budget
+    for budgets in ([24, 7, 9], [24, 7, 9], [8, 7, 9], [8, 7], [8, 7], [8, 7, 9]):
+        host.path.begin(rows, lengths, budgets, 1)
+        assert token_budget[:3].tolist() == [*budgets, 0][:3]
+
+
 def test_padding_behind_the_batch_changes_nothing(host):
     host.add("a", 1, 300)
     out = host.step()
