@@ -1,19 +1,18 @@
 """Mixed load on a real server for minutes: aborts, retractions, forks, flushes; nothing may grow.
 
-    python benchmarks/soak.py --model-path DIR --minutes 8 --csv out.csv -- --load-format dummy ...
+    python -m benchmarks.soak --model-path DIR --minutes 8 --csv out.csv -- --load-format dummy ...
 
 What follows `--` are flags of the server. Clients ask for answers of random length to random
 prompts, half of them forks of a common prefix, and a third go away before the end. Every quarter of
 the time the load stops, both pools must be whole again, and the server compares the cluster pool
 with its invariants (check_integrity) and flushes. An error, a dead server, a lost place or slot, or
-an answer without sparse steps where there should be, ends the run with exit code 1.
+an answer without a sparse step that no full pool explains, ends the run with exit code 1.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import http.client
 import json
 import os
@@ -27,6 +26,8 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from benchmarks.csv_file import write_rows
+from benchmarks.versions import versions
 from sglang_multipole.local_server import LocalServer
 
 VOCABULARY = 30000
@@ -46,8 +47,10 @@ def main() -> int:
         "--retract-interval", type=int, default=60, help="steps between retractions"
     )
     parser.add_argument("--multipole-config", default="{}")
+    parser.add_argument("--name", default="default", help="of the server, in the rows")
     parser.add_argument("--csv", type=Path, required=True)
     parser.add_argument("--log", type=Path)
+    parser.add_argument("--commit", default="", help="where there is no git repository")
     parser.add_argument("--seed", type=int, default=1)
     arguments, flags = parser.parse_known_args()
     config = {"min_context": 1024, "token_budget": 256} | json.loads(arguments.multipole_config)
@@ -61,7 +64,7 @@ def main() -> int:
         with LocalServer(arguments.model_path, flags, log) as server:
             soak = Soak(server, arguments, config["min_context"])
             for phase in range(PHASES):
-                soak.load(60 * arguments.minutes / PHASES)
+                soak.load_until(60 * arguments.minutes * (phase + 1) / PHASES)
                 soak.drain(phase)
                 if soak.errors:
                     break
@@ -80,12 +83,14 @@ class Soak:
         self.errors: list[str] = []
         self.counts = dict.fromkeys(("finished", "aborted", "tokens", "sparse", "flushes"), 0)
         self.samples: list[dict[str, Any]] = []
+        self._versions = versions(arguments.commit)
         self._lock = threading.Lock()
         self._started = time.monotonic()
         self._prefix = self._tokens(random.Random(arguments.seed), arguments.max_prompt // 2)
 
-    def load(self, seconds: float) -> None:
-        end = time.monotonic() + seconds
+    def load_until(self, seconds: float) -> None:
+        """All clients ask until so many seconds after the start."""
+        end = self._started + seconds
         clients = [
             threading.Thread(target=self._client, args=(index, end), daemon=True)
             for index in range(self.arguments.clients)
@@ -103,7 +108,10 @@ class Soak:
         with contextlib.suppress(OSError, KeyError, ValueError):
             self._generate(random.Random(phase), [7, 8, 9], 4, False)  # its step frees the gone
             deadline = time.monotonic() + DRAIN_SECONDS
-            while self._state()["pool"]["open"] and time.monotonic() < deadline:
+            while self._state()["pool"]["open"] or self._kv_tokens():
+                if time.monotonic() > deadline:
+                    self._fail(f"requests are gone and hold places or {self._kv_tokens()} KV slots")
+                    break
                 self._generate(random.Random(phase), [7, 8, 9], 4, False)
                 time.sleep(0.5)
         self._sample("drained")
@@ -162,12 +170,13 @@ class Soak:
             self.counts["sparse"] += activity["sparse_steps"]
         # mixed chunks can take all its decode steps into prefills, which count as neither
         is_dense = activity["dense_steps"] and not activity["sparse_steps"]
-        if count <= last_wanted and len(prompt) > self.min_context and is_dense:
+        is_wrong = count <= last_wanted and len(prompt) > self.min_context and is_dense
+        if is_wrong and not self._state()["dense_steps"]["pool_full"]:
             self._fail(f"{len(prompt)} tokens and no sparse step: {activity}")
 
     def _sample(self, phase: str) -> None:
         try:
-            state = self._state()
+            state, kv_tokens = self._state(), self._kv_tokens()
         except (OSError, ValueError, KeyError) as error:
             self._fail(f"server_info: {error!r}; {self.server.last_log_lines()}")
             return
@@ -177,22 +186,27 @@ class Soak:
             self._fail(f"places were lost or have two owners: {pool}")
         self.samples.append(
             {
+                "server": self.arguments.name,
                 "seconds": round(time.monotonic() - self._started, 1),
                 "phase": phase,
+                "kv_tokens": kv_tokens,
                 **{k: pool[k] for k in ("places", "free", "sealed", "open", "ordered")},
                 "gpu_mib": gpu_mib(),
                 **{k: state["segments"][k] for k in ("segments_built", "segments_evicted")},
                 **self.counts,
                 **{k: state["totals"][k] for k in ("sparse_steps", "dense_steps")},
+                "pool_full_steps": state["dense_steps"]["pool_full"],
+                **self._versions,
             }
         )
-        with self.arguments.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, self.samples[0])
-            writer.writeheader()
-            writer.writerows(self.samples)
+        write_rows(self.arguments.csv, self.samples)
 
     def _state(self) -> dict[str, Any]:
         return json.loads(self.server.get("/server_info"))["internal_states"][0]["multipole"]
+
+    def _kv_tokens(self) -> int:
+        """KV slots that nothing could free at once, as the scheduler last told."""
+        return json.loads(self.server.get("/v1/loads?include=core"))["loads"][0]["num_used_tokens"]
 
     def _fail(self, message: str) -> None:
         with self._lock:

@@ -5,14 +5,23 @@
 
 What follows `--` are flags of both servers. Each point is context x batch: that many requests of
 random tokens, decoded together. A longer point's prompts begin with those of a shorter one, so that
-the radix cache spares most of the prefills. Only steps in which all of them decode are counted. A
-multipole row whose steps were not all sparse (or, below the gate, all dense) is an error, not a
-result.
+the radix cache spares most of the prefills. Only steps in which all of them decode are counted;
+longest_gap_ms is the longest time between two tokens of a request, from its second on. A multipole
+row whose steps were not all sparse (or, below the gate, all dense) is an error, not a result.
+
+A point of the form 2048x4+65536 has a newcomer: its prompt is prefilled and clustered while the
+others decode, and the steps are theirs while the newcomer decodes beside them.
+
+SGLang's random weights (`--load-format dummy`) leave all attention scores equal, norms among them
+being near 0; `--unit-norms` sets the norms of a Qwen3 to 1, which makes scores of random tokens
+about normal, of variance 1.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import itertools
 import json
 import random
 import statistics
@@ -21,89 +30,144 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from benchmarks import random_weights
 from benchmarks.csv_file import write_rows
 from benchmarks.token_stream import TokenStream, run_together
 from benchmarks.versions import versions
 from sglang_multipole.local_server import LocalServer
 
 VOCABULARY = 30000
+NEWCOMER_TOKENS = 64
+MARGIN = 32  # tokens of the running requests before the newcomer is sent, and after its end
+WARM_UP_TOKENS = 9000  # a full chunk of a prefill, segments to cluster, steps above the gate
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model-path", type=Path, required=True)
-    parser.add_argument("--points", default="2048x1,32768x1,32768x8,65536x5,130048x1")
+    parser.add_argument("--points", default="32768x1,2048x1,32768x8,65536x5,130048x1")
     parser.add_argument("--num-tokens", type=int, default=256, help="generated per request")
     parser.add_argument("--rounds", type=int, default=1, help="measurements of each point")
     parser.add_argument("--multipole-config", default='{"token_budget": 1024}')
     parser.add_argument("--csv", type=Path, required=True)
     parser.add_argument("--logs", type=Path, help="a folder for the servers' logs")
+    parser.add_argument("--unit-norms", action="store_true", help="of random weights")
+    parser.add_argument("--commit", default="", help="where there is no git repository")
     parser.add_argument("--seed", type=int, default=1)
     arguments, flags = parser.parse_known_args()
     flags = [flag for flag in flags if flag != "--"]
-    points = [tuple(map(int, point.split("x"))) for point in arguments.points.split(",")]
+    points = [Point.parse(point) for point in arguments.points.split(",")]
     sparse = ["--enable-multipole", f"--multipole-config={arguments.multipole_config}"]
     rows: list[dict[str, Any]] = []
     for name, own_flags in (("multipole", sparse), ("dense", [])):
         with tempfile.TemporaryDirectory() as folder:
             log = (arguments.logs or Path(folder)) / f"server_{name}.log"
             with LocalServer(arguments.model_path, [*flags, *own_flags], log) as server:
+                if arguments.unit_norms:
+                    random_weights.set_norms_to_one(server, arguments.model_path)
+                # compile what a first request compiles
+                run_together([TokenStream(server, _prompt("warm-up", WARM_UP_TOKENS), 16)])
                 for _ in range(arguments.rounds):
-                    for context, batch in points:
-                        row = measure(server, context, batch, arguments)
-                        rows.append({"server": name, **row, **versions()})
+                    for point in points:
+                        row = measure(server, point, arguments)
+                        rows.append({"server": name, **row, **versions(arguments.commit)})
                         print(json.dumps(rows[-1]), flush=True)
                         write_rows(arguments.csv, rows)
     report(rows)
     return 0
 
 
-def measure(
-    server: LocalServer, context: int, batch: int, arguments: argparse.Namespace
-) -> dict[str, Any]:
-    """Decode `batch` random requests together; milliseconds between their tokens."""
-    prompts = []
-    for index in range(batch):
-        generator = random.Random(f"{arguments.seed} {index}")
-        prompts.append([generator.randrange(100, VOCABULARY) for _ in range(context)])
-    streams = [TokenStream(server, prompt, arguments.num_tokens) for prompt in prompts]
-    run_together(streams)
-    # all decode: after the last has begun and before the first has ended
-    begin = max(stream.times[1] for stream in streams)
-    end = min(stream.times[-1] for stream in streams)
-    steps = sorted(
-        1e3 * (later - earlier)
-        for stream in streams
-        for earlier, later in zip(stream.times[1:], stream.times[2:], strict=False)
-        if begin <= earlier and later <= end
-    )
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """`batch` requests of `context` tokens; beside them, if not 0, one of `newcomer` tokens."""
+
+    context: int
+    batch: int
+    newcomer: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> Point:
+        """From 32768x8, or 2048x4+65536."""
+        running, _, newcomer = text.partition("+")
+        context, batch = map(int, running.split("x"))
+        return cls(context, batch, int(newcomer or 0))
+
+
+def measure(server: LocalServer, point: Point, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Decode random requests together; milliseconds between their tokens."""
+    seed, num_tokens = arguments.seed, arguments.num_tokens
+    prompts = [_prompt(f"{seed} {index}", point.context) for index in range(point.batch)]
+    newcomers = []
+    if point.newcomer:
+        # long enough to be there when the newcomer has ended
+        num_running = num_tokens + NEWCOMER_TOKENS + MARGIN
+        streams = [TokenStream(server, prompt, num_running) for prompt in prompts]
+        newcomer = _prompt(f"{seed} newcomer", point.newcomer)
+        newcomers.append(TokenStream(server, newcomer, NEWCOMER_TOKENS))
+        run_together(streams, newcomers, after=MARGIN)
+    else:
+        streams = [TokenStream(server, prompt, num_tokens) for prompt in prompts]
+        run_together(streams)
+    steps = _steps_beside(streams, newcomers[0]) if newcomers else _steps_together(streams)
     if len(steps) < 16:
         raise RuntimeError(
-            f"time_per_token: only {len(steps)} steps with all {batch} requests decoding; "
-            "raise --num-tokens"
+            f"time_per_token: only {len(steps)} steps with all requests of {point} decoding; raise "
+            "--num-tokens"
         )
-    activities = [stream.meta_info.get("multipole") for stream in streams]
+    gaps = [b - a for s in streams for a, b in itertools.pairwise(s.times[1:])]
+    asked = [*streams, *newcomers]
     return {
-        "context": context,
-        "batch": batch,
+        **dataclasses.asdict(point),
         "steps": len(steps),
         "p50_ms": round(statistics.median(steps), 3),
         "mean_ms": round(statistics.fmean(steps), 3),
         "p99_ms": round(steps[int(len(steps) * 0.99)], 3),
+        "p999_ms": round(steps[int(len(steps) * 0.999)], 3),
         "max_ms": round(steps[-1], 3),
-        "first_token_s": round(max(s.first_token_seconds for s in streams), 3),
+        "longest_gap_ms": round(1e3 * max(gaps), 1),
+        "first_token_s": round(max(s.first_token_seconds for s in asked), 3),
         # a multipole server clusters the prompts before their first decode step
-        "second_token_s": round(max(s.times[1] - s.times[0] for s in streams), 3),
-        **_activity(activities, server),
+        "second_token_s": round(max(s.times[1] - s.times[0] for s in asked), 3),
+        **_activity([stream.meta_info.get("multipole") for stream in asked], point),
     }
 
 
-def _activity(activities: list[dict[str, int] | None], server: LocalServer) -> dict[str, Any]:
+def _steps_together(streams: list[TokenStream]) -> list[float]:
+    """Sorted times of the steps in which all decode: from the last's second token to the first's
+    end, in ms."""
+    begin = max(stream.times[1] for stream in streams)
+    end = min(stream.times[-1] for stream in streams)
+    return sorted(
+        1e3 * (later - earlier)
+        for stream in streams
+        for earlier, later in itertools.pairwise(stream.times[1:])
+        if begin <= earlier and later <= end
+    )
+
+
+def _steps_beside(streams: list[TokenStream], newcomer: TokenStream) -> list[float]:
+    """Sorted times of the running requests' steps while the newcomer decodes, in ms; the first is
+    what is left of it after the newcomer's first token, so without its prefill."""
+    begin, end = newcomer.times[0], newcomer.times[-1]
+    return sorted(
+        1e3 * (later - max(earlier, begin))
+        for stream in streams
+        for earlier, later in itertools.pairwise(stream.times)
+        if begin < later <= end
+    )
+
+
+def _prompt(seed: str, num_tokens: int) -> list[int]:
+    generator = random.Random(seed)
+    return [generator.randrange(100, VOCABULARY) for _ in range(num_tokens)]
+
+
+def _activity(activities: list[dict[str, int] | None], point: Point) -> dict[str, Any]:
     """The proof that what was measured is what the row says."""
     if activities[0] is None:
         return {"sparse_steps": "", "dense_steps": "", "exact_share": ""}
     sums = {key: sum(a[key] for a in activities) for key in activities[0]}
-    if sums["sparse_steps"] and sums["dense_steps"]:
+    if sums["sparse_steps"] and sums["dense_steps"] and not point.newcomer:
         raise RuntimeError(
             f"time_per_token: {sums['dense_steps']} of the steps were dense and "
             f"{sums['sparse_steps']} sparse; a point must lie on one side of min_context"
@@ -117,20 +181,18 @@ def _activity(activities: list[dict[str, int] | None], server: LocalServer) -> d
 
 def report(rows: list[dict[str, Any]]) -> None:
     """The table, from the rows."""
-    print("\ncontext x batch    dense ms  multipole ms   ratio   exact share")
-    medians: dict[tuple, dict[str, list[float]]] = {}
+    print("\ncontext x batch + newcomer    dense ms  multipole ms   ratio   exact share")
+    medians: dict[Point, dict[str, list[float]]] = {}
+    shares: dict[Point, Any] = {}
     for row in rows:
-        point = medians.setdefault((row["context"], row["batch"]), {})
-        point.setdefault(row["server"], []).append(row["p50_ms"])
-    for (context, batch), by_server in medians.items():
+        point = Point(row["context"], row["batch"], row["newcomer"])
+        medians.setdefault(point, {}).setdefault(row["server"], []).append(row["p50_ms"])
+        if row["server"] == "multipole":
+            shares[point] = row["exact_share"]
+    for point, by_server in medians.items():
         dense, sparse = (statistics.median(by_server[name]) for name in ("dense", "multipole"))
-        share = next(
-            row["exact_share"]
-            for row in rows
-            if (row["server"], row["context"], row["batch"]) == ("multipole", context, batch)
-        )
-        ratio = dense / sparse
-        print(f"{context:>7} x {batch:<4} {dense:>12.2f} {sparse:>12.2f} {ratio:>8.2f}x {share}")
+        name = f"{point.context} x {point.batch} + {point.newcomer}"
+        print(f"{name:>26} {dense:>11.2f} {sparse:>12.2f} {dense / sparse:>8.2f}x {shares[point]}")
 
 
 if __name__ == "__main__":

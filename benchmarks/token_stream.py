@@ -6,6 +6,7 @@ import http.client
 import json
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from sglang_multipole.local_server import LocalServer
@@ -72,16 +73,26 @@ class TokenStream(threading.Thread):
         self.meta_info = answer["meta_info"]
 
 
-def run_together(streams: list[TokenStream]) -> None:
+def run_together(
+    streams: list[TokenStream], later: Sequence[TokenStream] = (), after: int = 0
+) -> None:
     """Send all, and wait until all are answered.
+
+    Args:
+        later: sent when each of the others has `after` tokens.
 
     Raises:
         RuntimeError: one failed.
     """
     for stream in streams:
         stream.start()
-    for stream in streams:
+    while any(stream.is_alive() and len(stream.times) < after for stream in streams):
+        time.sleep(0.001)
+    for stream in later:
+        stream.start()
+    asked = [*streams, *later]
+    for stream in asked:
         stream.join()
-    failed = [stream.error for stream in streams if stream.error]
+    failed = [stream.error for stream in asked if stream.error]
     if failed:
-        raise RuntimeError(f"{len(failed)} of {len(streams)} requests failed: {failed[0]}")
+        raise RuntimeError(f"{len(failed)} of {len(asked)} requests failed: {failed[0]}")

@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+import subprocess
+from pathlib import Path
+
 import torch
 
 from sglang_multipole.sglang_compat import sglang_version
 
 
-def versions() -> dict[str, str]:
-    """The columns of a row that name the GPU, torch and SGLang."""
+def versions(commit: str = "") -> dict[str, str]:
+    """The columns of a row that name the commit, the GPU, torch and SGLang.
+
+    Args:
+        commit: for a machine that has no git repository; else it is asked for.
+    """
     has_gpu = torch.cuda.is_available()
     return {
+        "commit": commit or _commit(),
         "gpu": torch.cuda.get_device_name() if has_gpu else "none",
         "torch": torch.__version__,
         "sglang": sglang_version(),
     }
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError("versions: no git repository here; give --commit")
+    return done.stdout.strip()
