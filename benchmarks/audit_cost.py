@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from benchmarks.csv_file import write_rows
+from benchmarks.versions import versions
 from sglang_multipole import attach
 from sglang_multipole.cluster_pool import ClusterPool, PoolShape
 from sglang_multipole.config import MultipoleConfig
@@ -41,11 +42,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=list(POINTS), default="cpu")
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--commit", default="", help="where there is no git repository")
     parser.add_argument("--csv", type=Path, required=True)
     arguments = parser.parse_args()
     rows = []
     for context, batch in POINTS[arguments.device]:
-        rows.append(measure(arguments.device, context, batch, arguments.repeats))
+        row = measure(arguments.device, context, batch, arguments.repeats)
+        rows.append(row | versions(arguments.commit))
         print(rows[-1], flush=True)
     write_rows(arguments.csv, rows)
     return 0
@@ -101,8 +104,7 @@ def measure(device: str, context: int, batch: int, repeats: int) -> dict[str, An
         raise RuntimeError(f"audit_cost: the audit must be plausible, got {error} and {mass}")
     share = (max(kept - plain, 0) + audited / INTERVAL) / (NUM_LAYERS * plain)
     return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        "torch": torch.__version__,
+        "device": device,
         "context": context,
         "batch": batch,
         "attention_us": round(plain, 1),

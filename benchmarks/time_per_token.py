@@ -66,7 +66,9 @@ def main() -> int:
                 if arguments.unit_norms:
                     random_weights.set_norms_to_one(server, arguments.model_path)
                 # compile what a first request compiles
-                run_together([TokenStream(server, _prompt("warm-up", WARM_UP_TOKENS), 16)])
+                longest = max(max(point.context, point.newcomer) for point in points)
+                warm_up = _prompt("warm-up", min(WARM_UP_TOKENS, longest))
+                run_together([TokenStream(server, warm_up, 16)])
                 for _ in range(arguments.rounds):
                     for point in points:
                         row = measure(server, point, arguments)
