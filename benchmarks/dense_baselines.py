@@ -1,100 +1,117 @@
-"""Decode attention as others do it, over the same slots: FlashInfer and SGLang's Triton kernel."""
+"""Decode attention as others do it, over the same slots: FlashInfer and SGLang's Triton kernel.
+
+flashinfer      its paged decode, page size 1, plans made beforehand
+sglang-triton   SGLang's Triton decode with the splits that its backend has at most
+triton-dense    the same kernel with a split for every 2048 tokens where those are more: it uses the
+                whole card also for one request, as the Triton baseline of the paper's claim does
+"""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 
-from benchmarks.timing import time_graph
+from benchmarks.decode_stages import run_step
+from benchmarks.timing import Quantiles, time_graph
 from tests.decode_case import DecodeCase
 
+SGLANG_SPLITS = 16
+TOKENS_PER_SPLIT = 2048
+MAX_GROUPS = 16  # each needs a plan of its own
+_WORKSPACE_BYTES = 256 << 20
 
-def dense_flashinfer(layers: list[DecodeCase], out: torch.Tensor):
-    """FlashInfer's paged decode over the same slots, one call per layer."""
-    import flashinfer
 
-    case = layers[0]
-    num_kv_heads, head_dim = case.k_cache.shape[1:]
-    lengths = torch.tensor([0] + [len(row.slots) for row in case.rows])
-    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
-        torch.empty(256 << 20, dtype=torch.uint8, device="cuda"), "NHD", use_tensor_cores=True
+def dense_flashinfer(groups: list[DecodeCase], out: torch.Tensor) -> list[Callable]:
+    """FlashInfer's paged decode over the rows' slots, one call a group."""
+    num_kv_heads, head_dim = groups[0].k_cache.shape[1:]
+    case = groups[0]
+    lengths = torch.tensor([0] + [len(row.slots) for row in case.rows]).cumsum(0).int().cuda()
+    cache = (case.k_cache.unsqueeze(1), case.v_cache.unsqueeze(1))
+    wrappers = _planned(
+        [lengths] * len(groups),
+        [torch.cat([row.slots for row in group.rows]).int() for group in groups],
+        (case.q.shape[1], num_kv_heads, head_dim),
+        case.q.dtype,
     )
-    wrapper.plan(
-        lengths.cumsum(0).int().cuda(),
-        torch.cat([row.slots for row in case.rows]).int(),
-        torch.ones(len(case.rows), dtype=torch.int32, device="cuda"),
-        case.q.shape[1],
-        num_kv_heads,
-        head_dim,
-        1,
-        q_data_type=case.q.dtype,
-        kv_data_type=case.q.dtype,
-    )
-
-    def call(layer: DecodeCase):
-        return wrapper.run(
-            layer.q, (layer.k_cache.unsqueeze(1), layer.v_cache.unsqueeze(1)), out=out
-        )
-
-    return [lambda layer=layer: call(layer) for layer in layers]
+    return [
+        functools.partial(wrapper.run, group.q, cache, out=out)
+        for wrapper, group in zip(wrappers, groups, strict=True)
+    ]
 
 
-def selected_flashinfer(layers: list[DecodeCase]):
-    """FlashInfer over the tokens that the last step selected, one call per layer."""
-    import flashinfer
-
-    case, workspace = layers[0], layers[0].workspace
+def selected_flashinfer(groups: list[DecodeCase], out: torch.Tensor) -> list[Callable]:
+    """FlashInfer over the tokens that a step of each group selects, one call a group."""
+    case, workspace = groups[0], groups[0].workspace
     num_rows, num_kv_heads = len(case.rows), workspace.num_kv_heads
-    counts = workspace.num_selected_tokens[:num_rows]
+    head_dim, group_size = workspace.head_dim, workspace.gqa_group_size
     heads = torch.arange(num_kv_heads, device="cuda")
-    # [rows, H, capacity] pages of one head of one slot
-    pages = workspace.selected_slots[:num_rows] * num_kv_heads + heads[:, None]
-    is_selected = torch.arange(pages.shape[2], device="cuda") < counts.unsqueeze(-1)
-    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
-        torch.empty(256 << 20, dtype=torch.uint8, device="cuda"), "NHD", use_tensor_cores=True
-    )
-    indptr = torch.nn.functional.pad(counts.flatten().cumsum(0), (1, 0)).int()
-    wrapper.plan(
-        indptr,
-        pages[is_selected].int(),
-        torch.ones(num_rows * num_kv_heads, dtype=torch.int32, device="cuda"),
-        workspace.gqa_group_size,
-        1,
-        workspace.head_dim,
-        1,
-        q_data_type=case.q.dtype,
-        kv_data_type=case.q.dtype,
-    )
-    q = case.q.view(num_rows * num_kv_heads, -1, workspace.head_dim)
-    out = torch.empty_like(q)
-
-    def call(layer: DecodeCase):
-        cache = [kv.view(-1, 1, 1, workspace.head_dim) for kv in (layer.k_cache, layer.v_cache)]
-        return wrapper.run(q, tuple(cache), out=out)
-
-    return [lambda layer=layer: call(layer) for layer in layers]
+    indptrs, indices = [], []
+    for group in groups:
+        run_step(group, out)
+        counts = workspace.num_selected_tokens[:num_rows]
+        # [rows, H, capacity] pages of one head of one slot
+        pages = workspace.selected_slots[:num_rows] * num_kv_heads + heads[:, None]
+        is_selected = torch.arange(pages.shape[2], device="cuda") < counts.unsqueeze(-1)
+        indptrs.append(torch.nn.functional.pad(counts.flatten().cumsum(0), (1, 0)).int())
+        indices.append(pages[is_selected].int())
+    wrappers = _planned(indptrs, indices, (group_size, 1, head_dim), case.q.dtype)
+    cache = tuple(kv.view(-1, 1, 1, head_dim) for kv in (case.k_cache, case.v_cache))
+    selected_out = torch.empty_like(case.q.reshape(-1, group_size, head_dim))
+    queries = [group.q.reshape(-1, group_size, head_dim) for group in groups]
+    return [
+        functools.partial(wrapper.run, q, cache, out=selected_out)
+        for wrapper, q in zip(wrappers, queries, strict=True)
+    ]
 
 
-def dense_sglang(layers: list[DecodeCase], out: torch.Tensor):
-    """SGLang's Triton decode, with the split count its backend would choose at most."""
+def _planned(
+    indptrs: list[torch.Tensor],
+    indices: list[torch.Tensor],
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+) -> list:
+    """FlashInfer's wrappers for requests of (query heads, KV heads, head_dim), page size 1."""
+    import flashinfer
+
+    # calls follow each other on one stream
+    scratch = torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device="cuda")
+    wrappers = []
+    for indptr, group_indices in zip(indptrs, indices, strict=True):
+        wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+            scratch, "NHD", use_tensor_cores=True
+        )
+        last_page_len = torch.ones(len(indptr) - 1, dtype=torch.int32, device="cuda")
+        wrapper.plan(
+            indptr, group_indices, last_page_len, *shape, 1, q_data_type=dtype, kv_data_type=dtype
+        )
+        wrappers.append(wrapper)
+    return wrappers
+
+
+def dense_triton(groups: list[DecodeCase], out: torch.Tensor, splits: int) -> list[Callable]:
+    """SGLang's Triton decode, each row cut into so many splits; one call a group."""
     from sglang.kernels.ops.attention import decode_attention
 
-    case = layers[0]
+    case = groups[0]
     rows, q_heads, head_dim = case.q.shape
-    splits = 16
     logits = torch.empty(rows, q_heads, splits, head_dim, device="cuda")
     lse = torch.empty(rows, q_heads, splits, device="cuda")
     lengths = torch.tensor([0] + [len(row.slots) for row in case.rows])
     indptr = lengths.cumsum(0).int().cuda()
-    indices = torch.cat([row.slots for row in case.rows]).to(torch.int64)
     num_splits = torch.full((rows,), splits, dtype=torch.int32, device="cuda")
 
-    def call(layer: DecodeCase):
+    def call(q: torch.Tensor, indices: torch.Tensor):
         decode_attention.decode_attention_fwd(
-            layer.q, layer.k_cache, layer.v_cache, out, indptr, indices, logits, lse, num_splits,
-            splits, layer.sm_scale, 1.0, 1.0,
+            q, case.k_cache, case.v_cache, out, indptr, indices, logits, lse, num_splits,
+            splits, case.sm_scale, 1.0, 1.0,
         )  # fmt: skip
 
-    return [lambda layer=layer: call(layer) for layer in layers]
+    return [
+        functools.partial(call, group.q, torch.cat([row.slots for row in group.rows]))
+        for group in groups
+    ]
 
 
 def dense_error(case: DecodeCase, out: torch.Tensor) -> float:
@@ -107,28 +124,34 @@ def dense_error(case: DecodeCase, out: torch.Tensor) -> float:
     return ((out[0].float().view_as(truth) - truth).norm() / truth.norm()).item()
 
 
-def time_dense(layers: list[DecodeCase], providers: list[str]) -> dict[str, tuple]:
-    results = {}
+def time_dense(
+    groups: list[DecodeCase], providers: list[str]
+) -> dict[str, tuple[Quantiles, float]]:
+    """Times and errors by provider; what does not run is left out, with the reason printed."""
+    groups, results = groups[:MAX_GROUPS], {}
+    context = len(groups[0].rows[0].slots)
+    splits = {"sglang-triton": SGLANG_SPLITS, "triton-dense": -(-context // TOKENS_PER_SPLIT)}
     for provider in providers:
-        # its offsets are int32: 2^31 elements of KV is beyond it
-        if provider == "sglang-triton" and layers[0].k_cache.numel() >= 1 << 31:
+        if provider == "triton-dense" and splits[provider] <= SGLANG_SPLITS:
             continue
-        out = torch.full_like(layers[0].q, torch.nan)
-        make = {"flashinfer": dense_flashinfer, "sglang-triton": dense_sglang}[provider]
+        out = torch.full_like(groups[0].q, torch.nan)
         try:
-            calls = make(layers, out)
+            if provider == "flashinfer":
+                calls = dense_flashinfer(groups, out)
+            else:
+                calls = dense_triton(groups, out, splits[provider])
             calls[0]()
-            error = dense_error(layers[0], out)
-            results[provider] = (time_graph(calls, replays=20), error)
+            error = dense_error(groups[0], out)
+            results[provider] = (time_graph(calls, replays=10, repeats=-(-4 // len(calls))), error)
         except Exception as error:
             print(f"  {provider}: {type(error).__name__}: {str(error)[:150]}", flush=True)
     return results
 
 
-def time_selected(layers: list[DecodeCase]) -> float | None:
+def time_selected(groups: list[DecodeCase], out: torch.Tensor) -> float | None:
     """Microseconds of selected_flashinfer; None, with the reason printed, where it does not run."""
     try:
-        return time_graph(selected_flashinfer(layers), replays=20).p50_us
+        return time_graph(selected_flashinfer(groups[:MAX_GROUPS], out)).p50_us
     except Exception as error:
         print(f"  flashinfer, selected: {type(error).__name__}: {str(error)[:150]}", flush=True)
         return None

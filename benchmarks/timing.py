@@ -1,36 +1,14 @@
-"""Time work on the GPU: CUDA-graph replays over several layers' inputs, so that L2 is cold."""
+"""Time work on the GPU: replays of CUDA graphs in which calls over different inputs alternate."""
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable
 
 import torch
 
-from multipole_kernels.decode_buffers import PoolLayer
-from tests.decode_case import DecodeCase
-
-# a layer's inputs are repeated until a replay touches this many times the L2 cache
-L2_TIMES = 3
-
-
-def copies_for_cold_l2(bytes_touched: int) -> int:
-    """How many layers' inputs a graph must go through to find each of them out of L2."""
-    l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size
-    return max(1, min(16, -(-L2_TIMES * l2_bytes // bytes_touched)))
-
-
-def copy_layer(case: DecodeCase) -> DecodeCase:
-    """The case as another layer would see it: its own KV and centroids, the same plan."""
-    layer = copy.copy(case)
-    layer.k_cache, layer.v_cache = case.k_cache.clone(), case.v_cache.clone()
-    tensors = {
-        name: None if tensor is None else tensor.clone()
-        for name, tensor in vars(case.pool_layer).items()
-    }
-    layer.pool_layer = PoolLayer(**tensors)
-    return layer
+# of a graph, beside which its start does not show
+_LEAST_CALLS = 16
 
 
 @dataclasses.dataclass
@@ -40,8 +18,14 @@ class Quantiles:
     p80_us: float
 
 
-def time_graph(calls: list[Callable[[], object]], replays: int = 40, repeats: int = 4) -> Quantiles:
-    """Microseconds of one call, the calls replayed one after another in a CUDA graph."""
+def time_graph(
+    calls: list[Callable[[], object]], replays: int = 20, repeats: int | None = None
+) -> Quantiles:
+    """Microseconds of one call, the calls replayed one after another in a CUDA graph.
+
+    repeats: how often a graph goes through the calls; by default until it has _LEAST_CALLS.
+    """
+    repeats = repeats or -(-_LEAST_CALLS // len(calls))
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

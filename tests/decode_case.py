@@ -1,8 +1,6 @@
 """A ragged decode batch over really clustered keys: KV pool, cluster pool, plan, and its reference.
 
-Also the benchmark's inputs. Keys are a mixture with position structure: runs of tokens share a
-topic, topics come back, and a head sees each topic around its own centre with a drift along the
-sequence; queries look for a few topics and for the first token.
+Also the benchmark's inputs. Keys are a mixture (tests/decode_keys.py), or come from another source.
 """
 
 from __future__ import annotations
@@ -15,10 +13,9 @@ from multipole_kernels import reference
 from multipole_kernels.decode_buffers import DecodePlan, DecodeWorkspace, PoolLayer
 from multipole_kernels.decode_plan import plan_chunks
 from multipole_kernels.launch_config import LaunchConfig
+from tests.decode_keys import Source, mixture
 
 NUM_SINK_TOKENS = 10
-NUM_TOPICS = 96
-MEAN_RUN = 12  # tokens before the topic changes
 
 
 @dataclasses.dataclass
@@ -45,43 +42,6 @@ class DecodeCase:
     max_logit_variance: float
 
 
-def make_keys(
-    num_tokens: int, num_kv_heads: int, head_dim: int, generator: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys [num_tokens, H, D] and the topics' centres [NUM_TOPICS, H, D], float32."""
-    device = generator.device
-    new_run = torch.rand(num_tokens, generator=generator, device=device) < 1.0 / MEAN_RUN
-    run = new_run.long().cumsum(0)
-    # squared: some topics are frequent, most are rare
-    topic_of_run = torch.rand(num_tokens + 1, generator=generator, device=device).square()
-    topic = (topic_of_run[run] * NUM_TOPICS).long()
-    shape = (NUM_TOPICS, num_kv_heads, head_dim)
-    centres = torch.randn(shape, generator=generator, device=device)
-    keys = centres[topic]
-    keys += 0.6 * torch.randn(keys.shape, generator=generator, device=device)
-    drift = torch.randn(2, 1, num_kv_heads, head_dim, generator=generator, device=device)
-    phase = torch.arange(num_tokens, device=device)[:, None, None] / 4096.0
-    keys += 0.3 * (drift[0] * phase.sin() + drift[1] * phase.cos())
-    return keys, centres
-
-
-def make_queries(
-    keys: torch.Tensor, centres: torch.Tensor, gqa_group_size: int, generator: torch.Generator
-) -> torch.Tensor:
-    """One query [H * G, D] that looks for a few topics and the first token."""
-    num_kv_heads, head_dim = keys.shape[1:]
-    shape = (num_kv_heads, gqa_group_size, head_dim)
-    wanted = torch.randint(
-        0, NUM_TOPICS, (3, num_kv_heads, gqa_group_size), generator=generator, device=keys.device
-    )
-    heads = torch.arange(num_kv_heads, device=keys.device)[:, None]
-    q = 0.5 * torch.randn(shape, generator=generator, device=keys.device)
-    for nth, strength in enumerate((0.9, 0.6, 0.4)):
-        q += strength * centres[wanted[nth], heads]
-    q += 0.3 * keys[0][:, None, :]
-    return q.reshape(num_kv_heads * gqa_group_size, head_dim)
-
-
 def make_case(
     lengths: list[int],
     budgets: list[int],
@@ -93,6 +53,7 @@ def make_case(
     centroid_dtype: torch.dtype | None = None,
     segment_size: int = 256,
     clusters_per_segment: int = 16,
+    max_cluster_size: int | None = None,
     min_context: int = 300,
     recent: int = 40,
     max_logit_variance: float = 4.0,
@@ -100,11 +61,16 @@ def make_case(
     config: LaunchConfig | None = None,
     seed: int = 0,
     device: str | None = None,
+    source: Source | None = None,
 ) -> DecodeCase:
-    """A batch with one row per length; a length below min_context is attended exactly."""
+    """A batch with one row per length; a length below min_context is attended exactly.
+
+    Clusters are of at most max_cluster_size tokens, by default of 4 times the mean.
+    """
+    source = source or mixture(num_kv_heads, gqa_group_size, head_dim)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     generator = torch.Generator(device=device).manual_seed(seed)
-    max_cluster_size = 4 * segment_size // clusters_per_segment
+    max_cluster_size = max_cluster_size or 4 * segment_size // clusters_per_segment
     num_slots = sum(lengths) + 64
     k_cache = torch.full((num_slots, num_kv_heads, head_dim), torch.nan, device=device, dtype=dtype)
     v_cache = k_cache.clone()
@@ -115,12 +81,9 @@ def make_case(
         slots = shuffled[used : used + length]
         used += length
         if length:
-            keys, centres = make_keys(length, num_kv_heads, head_dim, generator)
-            k_cache[slots] = keys.to(dtype)
-            v_cache[slots] = torch.randn(
-                length, num_kv_heads, head_dim, generator=generator, device=device
-            ).to(dtype)
-            q.append(make_queries(keys, centres, gqa_group_size, generator))
+            keys, values, query = source(length, generator)
+            k_cache[slots], v_cache[slots] = keys.to(dtype), values.to(dtype)
+            q.append(query)
         else:
             q.append(torch.ones(num_kv_heads * gqa_group_size, head_dim, device=device))
         clustered = max(0, length - recent) if length >= min_context else 0
@@ -132,7 +95,7 @@ def make_case(
         centroid_dtype or dtype, generator,
     )  # fmt: skip
     budgets = list(budgets)
-    plan = _make_plan(rows, budgets, padding_rows, device)
+    plan = make_plan(rows, budgets, padding_rows, device)
     q += [torch.ones_like(q[0])] * padding_rows
     num_items = [len(row.places) for row in rows]
     workspace = DecodeWorkspace(
@@ -234,9 +197,10 @@ def _make_pool(
     return pool
 
 
-def _make_plan(
+def make_plan(
     rows: list[Row], budgets: list[int], padding_rows: int, device: torch.device | str
 ) -> DecodePlan:
+    """What a step over the rows attends to; rows of padding behind them attend to nothing."""
     exact = []
     for row in rows:
         sinks = NUM_SINK_TOKENS if row.num_clustered_tokens else 0

@@ -1,0 +1,53 @@
+"""What benchmarks.decode_attention measures: sets of points by name, most wanted first."""
+
+from __future__ import annotations
+
+import dataclasses
+
+# tokens, or a share of the context
+BUDGETS: tuple[int | float, ...] = (128, 512, 1024, 0.05, 0.1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Points:
+    """All batches and budgets of one context length, over one pool of rows.
+
+    context in tokens; budgets and fp8_budgets, those measured with float8 centroids too, in tokens
+    or shares of the context.
+    """
+
+    context: int
+    batches: tuple[int, ...] = (16, 4, 1)
+    budgets: tuple[int | float, ...] = BUDGETS
+    num_kv_heads: int = 8
+    keys: str = "mixture"
+    fp8_budgets: tuple[int | float, ...] = ()
+
+    def budget_tokens(self, centroids: str) -> list[int]:
+        budgets = self.fp8_budgets if centroids == "fp8" else self.budgets
+        return [budget if budget >= 1 else int(budget * self.context) for budget in budgets]
+
+
+POINT_SETS: dict[str, list[Points]] = {
+    # where there is a target
+    "targets": [
+        Points(131072, fp8_budgets=(1024,)),
+        Points(32768, fp8_budgets=(512, 1024)),
+        Points(8192, fp8_budgets=(512,)),
+    ],
+    "captured": [
+        Points(131072, (16, 4, 1), (512, 1024, 0.05), keys="captured"),
+        Points(32768, (16, 1), (512, 1024), keys="captured"),
+        Points(8192, (16, 1), (512, 1024), keys="captured"),
+    ],
+    "more": [
+        Points(65536),
+        Points(2048),
+        Points(524288, (1,)),
+    ],
+    "four-heads": [
+        Points(131072, (16, 4, 1), (512, 1024, 0.05), num_kv_heads=4),
+        Points(32768, (16, 4, 1), (512, 1024), num_kv_heads=4),
+        Points(8192, (16, 1), (512, 1024), num_kv_heads=4),
+    ],
+}
