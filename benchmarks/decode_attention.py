@@ -33,6 +33,8 @@ import torch
 import triton
 
 from benchmarks.decode_inputs import (
+    QWEN3_ROPE_BASE,
+    SMOLLM2_ROPE_BASE,
     Geometry,
     bytes_moved,
     groups_of_rows,
@@ -85,8 +87,10 @@ def _short(value: object) -> object:
 
 def bench_points(points: Points, table: Table, options: argparse.Namespace) -> bool:
     """Measure all points over one pool of rows; False if a result was wrong."""
-    geometry = Geometry(points.num_kv_heads)
-    captured = options.captured if points.keys == "captured" else None
+    is_captured = points.keys == "captured"
+    captured = options.captured if is_captured else None
+    rope_base = SMOLLM2_ROPE_BASE if is_captured else QWEN3_ROPE_BASE
+    geometry = Geometry(points.num_kv_heads, rope_base)
     base = make_rows(geometry, points.context, max(points.batches), captured)
     torch.cuda.synchronize()
     print(
@@ -98,6 +102,7 @@ def bench_points(points: Points, table: Table, options: argparse.Namespace) -> b
         "keys": points.keys,
         "context": points.context,
         "num_kv_heads": points.num_kv_heads,
+        "segment_size": geometry.segment_size,
     }
     kv_bytes = 2 * points.context * geometry.num_kv_heads * geometry.head_dim * 2
     dense, snapshots = {}, {}

@@ -11,15 +11,17 @@ import dataclasses
 
 import torch
 
-from benchmarks.captured_keys import captured_source
+from benchmarks.captured_keys import CapturedKeys
 from multipole_kernels import reference
+from sglang_multipole.segment_size import segment_size_for
 from tests.decode_case import DecodeCase, make_case, make_plan
-from tests.decode_keys import mixture
+from tests.decode_keys import Mixture
 
 NUM_RECENT = 200  # tokens; between one and two recluster intervals
 # a replay touches at least this many times the L2 cache
 L2_TIMES = 3
 MAX_GROUPS = 128
+QWEN3_ROPE_BASE, SMOLLM2_ROPE_BASE = 1e6, 1e5
 CENTROIDS = {"bf16": None, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
@@ -28,10 +30,10 @@ class Geometry:
     """A model's attention, and how its keys are clustered; the server's defaults."""
 
     num_kv_heads: int
+    rope_base: float
     num_q_heads: int = 32
     head_dim: int = 128
-    segment_size: int = 2048
-    clusters_per_segment: int = 128
+    tokens_per_cluster: int = 16
     max_cluster_size: int = 128
     max_logit_variance: float = 2.0
 
@@ -39,9 +41,17 @@ class Geometry:
     def gqa_group_size(self) -> int:
         return self.num_q_heads // self.num_kv_heads
 
+    @property
+    def segment_size(self) -> int:
+        return segment_size_for(self.rope_base)
+
+    @property
+    def clusters_per_segment(self) -> int:
+        return self.segment_size // self.tokens_per_cluster
+
     def least_bytes(self, context: int) -> int:
         """Of one row's step with 8-bit centroids and a small budget."""
-        clusters = context * self.clusters_per_segment // self.segment_size
+        clusters = context // self.tokens_per_cluster
         tokens = NUM_RECENT + 128
         return self.num_kv_heads * self.head_dim * 2 * (clusters + 2 * tokens)
 
@@ -58,9 +68,9 @@ def make_rows(
     num_rows = -(-num_rows // largest_batch) * largest_batch
     shape = (geometry.num_kv_heads, geometry.gqa_group_size)
     if captured is None:
-        source = mixture(*shape, geometry.head_dim)
+        source = Mixture(*shape, geometry.head_dim)
     else:
-        source = captured_source(captured, *shape, "cuda")
+        source = CapturedKeys(captured, *shape, "cuda")
     return make_case(
         [context] * num_rows,
         [0] * num_rows,

@@ -13,7 +13,13 @@ import itertools
 
 import torch
 
-from benchmarks.decode_inputs import Geometry, groups_of_rows, make_rows, with_centroids
+from benchmarks.decode_inputs import (
+    QWEN3_ROPE_BASE,
+    Geometry,
+    groups_of_rows,
+    make_rows,
+    with_centroids,
+)
 from benchmarks.decode_stages import relative_error, run_step, share_workspace, stage_calls
 from benchmarks.timing import copy_bandwidth, read_bandwidth, time_graph
 
@@ -43,7 +49,7 @@ def main() -> None:
 
 
 def tune_shape(context: int, batch: int, budget: int, centroids: str, stages: list[str]) -> None:
-    geometry = Geometry(num_kv_heads=8)
+    geometry = Geometry(8, QWEN3_ROPE_BASE)
     case = with_centroids(make_rows(geometry, context, batch), centroids)
     groups = groups_of_rows(case, batch, budget, geometry.least_bytes(context))
     case, out = groups[0], torch.full_like(groups[0].q, torch.nan)

@@ -13,7 +13,7 @@ from multipole_kernels import reference
 from multipole_kernels.decode_buffers import DecodePlan, DecodeWorkspace, PoolLayer
 from multipole_kernels.decode_plan import plan_chunks
 from multipole_kernels.launch_config import LaunchConfig
-from tests.decode_keys import Source, mixture
+from tests.decode_keys import Mixture, Source
 
 NUM_SINK_TOKENS = 10
 
@@ -67,7 +67,7 @@ def make_case(
 
     Clusters are of at most max_cluster_size tokens, by default of 4 times the mean.
     """
-    source = source or mixture(num_kv_heads, gqa_group_size, head_dim)
+    source = source or Mixture(num_kv_heads, gqa_group_size, head_dim)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     generator = torch.Generator(device=device).manual_seed(seed)
     max_cluster_size = max_cluster_size or 4 * segment_size // clusters_per_segment
@@ -81,7 +81,7 @@ def make_case(
         slots = shuffled[used : used + length]
         used += length
         if length:
-            keys, values, query = source(length, generator)
+            keys, values, query = source.make(length, generator)
             k_cache[slots], v_cache[slots] = keys.to(dtype), values.to(dtype)
             q.append(query)
         else:
@@ -92,7 +92,7 @@ def make_case(
         rows.append(Row(slots=slots, num_clustered_tokens=clustered))
     pool_layer = _make_pool(
         rows, k_cache, v_cache, segment_size, clusters_per_segment, max_cluster_size,
-        centroid_dtype or dtype, generator,
+        centroid_dtype or dtype, generator, source,
     )  # fmt: skip
     budgets = list(budgets)
     plan = make_plan(rows, budgets, padding_rows, device)
@@ -135,6 +135,7 @@ def _make_pool(
     max_cluster_size: int,
     centroid_dtype: torch.dtype,
     generator: torch.Generator,
+    source: Source,
 ) -> PoolLayer:
     num_kv_heads, head_dim = k_cache.shape[1:]
     device = k_cache.device
@@ -162,19 +163,25 @@ def _make_pool(
     for segment in range(max(counts, default=0)):
         begin = segment * segment_size
         sinks = NUM_SINK_TOKENS if segment == 0 else 0
-        ends = [min(row.num_clustered_tokens, begin + segment_size) for row in rows]
-        for end in sorted({end for end in ends if end > begin}):
-            members = [row for row, row_end in zip(rows, ends, strict=True) if row_end == end]
+        ends = [
+            (min(row.num_clustered_tokens, begin + segment_size), len(row.slots)) for row in rows
+        ]
+        for end, length in sorted({end for end in ends if end[0] > begin}):
+            members = [
+                row for row, row_end in zip(rows, ends, strict=True) if row_end == (end, length)
+            ]
             places = [free.pop() for _ in members]
             # [n, tokens]
             slots = torch.stack([row.slots[begin:end] for row in members])
             # [n, H, tokens, D]
             keys = k_cache[slots[:, sinks:]].transpose(1, 2)
             values = v_cache[slots[:, sinks:]].transpose(1, 2)
-            ids = reference.cluster_segment(keys, num_clusters, max_cluster_size, 4, segment)
-            key_centroids, value_centroids, sizes, variance, pair_weight = (
-                reference.summarize_clusters(keys, values, ids, num_clusters)
-            )
+            # an unfinished segment has fewer clusters, of the same mean size
+            used = -(-(end - begin) * num_clusters // segment_size)
+            features = source.features(keys.float(), begin + sinks, length)
+            ids = reference.cluster_segment(features, used, max_cluster_size, 4, segment)
+            summary = reference.summarize_clusters(keys, values, ids, num_clusters)
+            key_centroids, value_centroids, sizes, variance, pair_weight = summary
             if has_scale:
                 key_centroids, pool.key_scale[places] = reference.quantize_centroids(
                     key_centroids, centroid_dtype

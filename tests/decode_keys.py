@@ -6,26 +6,44 @@ with a drift along the sequence; queries look for a few topics and for the first
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from typing import Protocol
 
 import torch
 
 NUM_TOPICS = 96
 MEAN_RUN = 12  # tokens before the topic changes
 
-# (tokens, generator) -> keys [T, H, D], values [T, H, D], one query [H * G, D], float32
-Source = Callable[[int, torch.Generator], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+
+class Source(Protocol):
+    """Where a row's keys come from."""
+
+    def make(
+        self, num_tokens: int, generator: torch.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Keys [T, H, D], values [T, H, D] and one query [H * G, D], float32."""
+
+    def features(self, keys: torch.Tensor, begin: int, num_tokens: int) -> torch.Tensor:
+        """What is clustered of keys [*, T, D] at positions begin and on of a row of num_tokens."""
 
 
-def mixture(num_kv_heads: int, gqa_group_size: int, head_dim: int) -> Source:
-    """A source of mixtures; values are normal."""
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+    """Mixtures without RoPE; values are normal."""
 
-    def make(num_tokens: int, generator: torch.Generator):
-        keys, centres = make_keys(num_tokens, num_kv_heads, head_dim, generator)
+    num_kv_heads: int
+    gqa_group_size: int
+    head_dim: int
+
+    def make(
+        self, num_tokens: int, generator: torch.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        keys, centres = make_keys(num_tokens, self.num_kv_heads, self.head_dim, generator)
         values = torch.randn(keys.shape, generator=generator, device=keys.device)
-        return keys, values, make_queries(keys, centres, gqa_group_size, generator)
+        return keys, values, make_queries(keys, centres, self.gqa_group_size, generator)
 
-    return make
+    def features(self, keys: torch.Tensor, begin: int, num_tokens: int) -> torch.Tensor:
+        return keys
 
 
 def make_keys(
