@@ -1,7 +1,7 @@
 """Decode attention on one GPU: multipole against dense decode and against the paper's claim.
 
     python -m benchmarks.decode_attention --csv decode_attention.csv [--commit HASH]
-        [--points targets,captured,more,four-heads] [--captured keys.pt] [--seconds 200]
+        [--points targets,short-segments,...] [--captured keys.pt] [--seconds 200]
 
 Per point the output is checked first, against the float32 reference and for the same bits twice;
 then a layer's step is timed, and each of its three launches alone, in CUDA-graph replays over rows
@@ -33,8 +33,6 @@ import torch
 import triton
 
 from benchmarks.decode_inputs import (
-    QWEN3_ROPE_BASE,
-    SMOLLM2_ROPE_BASE,
     Geometry,
     bytes_moved,
     groups_of_rows,
@@ -87,14 +85,13 @@ def _short(value: object) -> object:
 
 def bench_points(points: Points, table: Table, options: argparse.Namespace) -> bool:
     """Measure all points over one pool of rows; False if a result was wrong."""
-    is_captured = points.keys == "captured"
-    captured = options.captured if is_captured else None
-    rope_base = SMOLLM2_ROPE_BASE if is_captured else QWEN3_ROPE_BASE
-    geometry = Geometry(points.num_kv_heads, rope_base)
+    geometry = Geometry(points.num_kv_heads, points.rope_base)
+    captured = options.captured if points.keys == "captured" else None
     base = make_rows(geometry, points.context, max(points.batches), captured)
     torch.cuda.synchronize()
     print(
-        f"\n{points.context} tokens, {points.num_kv_heads} KV heads, {points.keys}: "
+        f"\n{points.context} tokens, {points.num_kv_heads} KV heads, {points.keys}, "
+        f"segments of {geometry.segment_size}: "
         f"{len(base.rows)} rows [{time.perf_counter() - options.started:.0f} s]",
         flush=True,
     )
@@ -191,7 +188,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--csv", default="decode_attention.csv")
     parser.add_argument("--commit", default="unknown")
-    parser.add_argument("--points", default="targets,more,four-heads")
+    parser.add_argument("--points", default="targets,short-segments,more,four-heads")
     parser.add_argument("--contexts", default="", help="only these, comma separated")
     parser.add_argument("--captured", help="a file of benchmarks.capture_keys")
     parser.add_argument("--centroids", default="bf16,int8,fp8")

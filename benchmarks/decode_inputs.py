@@ -21,7 +21,6 @@ NUM_RECENT = 200  # tokens; between one and two recluster intervals
 # a replay touches at least this many times the L2 cache
 L2_TIMES = 3
 MAX_GROUPS = 128
-QWEN3_ROPE_BASE, SMOLLM2_ROPE_BASE = 1e6, 1e5
 CENTROIDS = {"bf16": None, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 

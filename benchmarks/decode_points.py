@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+# which choose the segments: of 4096 and of 2048 tokens
+QWEN3_ROPE_BASE, SMOLLM2_ROPE_BASE = 1e6, 1e5
 # tokens, or a share of the context
 BUDGETS: tuple[int | float, ...] = (128, 512, 1024, 0.05, 0.1)
 
@@ -21,6 +23,7 @@ class Points:
     budgets: tuple[int | float, ...] = BUDGETS
     num_kv_heads: int = 8
     keys: str = "mixture"
+    rope_base: float = QWEN3_ROPE_BASE
     fp8_budgets: tuple[int | float, ...] = ()
 
     def budget_tokens(self, centroids: str) -> list[int]:
@@ -36,9 +39,17 @@ POINT_SETS: dict[str, list[Points]] = {
         Points(8192, fp8_budgets=(512,)),
     ],
     "captured": [
-        Points(131072, (16, 4, 1), (512, 1024, 0.05), keys="captured"),
-        Points(32768, (16, 1), (512, 1024), keys="captured"),
-        Points(8192, (16, 1), (512, 1024), keys="captured"),
+        Points(context, (16, 4, 1), budgets, keys="captured", rope_base=SMOLLM2_ROPE_BASE)
+        for context, budgets in (
+            (131072, (512, 1024, 0.05)),
+            (32768, (512, 1024)),
+            (8192, (512, 1024)),
+        )
+    ],
+    "short-segments": [
+        Points(131072, budgets=(1024,), rope_base=SMOLLM2_ROPE_BASE),
+        Points(32768, budgets=(512, 1024), rope_base=SMOLLM2_ROPE_BASE),
+        Points(8192, budgets=(512,), rope_base=SMOLLM2_ROPE_BASE),
     ],
     "more": [
         Points(65536),

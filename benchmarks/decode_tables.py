@@ -45,7 +45,7 @@ class Results:
 
     def time(self, provider: str, like: dict[str, str]) -> float | None:
         """p50 in us of a dense provider at the point of another row."""
-        names = ("keys", "context", "batch", "num_kv_heads")
+        names = ("keys", "segment_size", "context", "batch", "num_kv_heads")
         found = self.select(provider=provider, **{name: like[name] for name in names})
         return float(found[0]["p50_us"]) if found else None
 
@@ -73,15 +73,20 @@ def number(text: str | float | None, digits: int = 1) -> str:
     return f"{float(text):.{digits}f}" if text not in (None, "") else "-"
 
 
+def is_headline(row: dict[str, str]) -> bool:
+    """Of Qwen3-8B's geometry as it is served, with centroids of CENTROIDS."""
+    kind = (row["keys"], row["num_kv_heads"], row["segment_size"])
+    return kind == ("mixture", "8", "4096") and row["centroids"] in CENTROIDS
+
+
 def ratio_cells(results: Results, row: dict[str, str], centroids: Iterable[str]) -> list[str]:
     """Time, ratio to FlashInfer and target for each kind of centroids at the row's point."""
-    names = ("keys", "context", "batch", "num_kv_heads", "budget")
+    names = ("keys", "segment_size", "context", "batch", "num_kv_heads", "budget")
     cells = []
     for nth, name in enumerate(centroids):
         found = results.select(centroids=name, **{column: row[column] for column in names})
         point = (int(row["context"]), int(row["batch"]), int(row["budget"]))
-        has_target = row["num_kv_heads"] == "8" and row["keys"] == "mixture" and name in CENTROIDS
-        target = TARGETS.get(point, (None, None))[nth] if has_target else None
+        target = TARGETS.get(point, (None, None))[nth] if is_headline(row) else None
         if not found:
             cells += ["-", "-", "-"]
             continue
@@ -93,13 +98,15 @@ def ratio_cells(results: Results, row: dict[str, str], centroids: Iterable[str])
     return cells
 
 
-def ratio_table(results: Results, keys: str, num_kv_heads: int) -> str:
+def ratio_table(results: Results, keys: str, num_kv_heads: int, segment_size: int) -> str:
     """All points of one kind against dense decode."""
-    points = [
-        row
-        for row in results.select(provider="multipole", keys=keys, num_kv_heads=num_kv_heads)
-        if row["centroids"] == "int8"
-    ]
+    points = results.select(
+        provider="multipole",
+        keys=keys,
+        num_kv_heads=num_kv_heads,
+        segment_size=segment_size,
+        centroids="int8",
+    )
     head = ["context x batch, budget", "FlashInfer", "SGLang Triton"]
     for name in CENTROIDS:
         head += [name, "ratio", "target"]
@@ -120,8 +127,7 @@ def stage_table(results: Results, budgets: tuple[int, ...] = (512, 1024)) -> str
     head = ["", "coarse", "selection", "exact", "FlashInfer, selected", "sum", "step", "of copy"]
     body = []
     for row in results.multipole:
-        plain = row["keys"] == "mixture" and row["num_kv_heads"] == "8"
-        if not plain or row["centroids"] not in CENTROIDS or int(row["budget"]) not in budgets:
+        if not is_headline(row) or int(row["budget"]) not in budgets:
             continue
         batch_heads = int(row["batch"]) * int(row["num_kv_heads"])
         exact_bytes = float(row["mean_selected_tokens"]) * batch_heads * 512
@@ -153,7 +159,7 @@ def claim_table(results: Results) -> str:
         "ratio",
     ]
     body = []
-    wanted = {"context": 131072, "keys": "mixture", "num_kv_heads": 8}
+    wanted = {"context": 131072, "keys": "mixture", "num_kv_heads": 8, "segment_size": 4096}
     for row in results.select(provider="multipole", centroids="int8", **wanted):
         if not budget_name(row).endswith("%"):
             continue
@@ -179,7 +185,7 @@ def fp8_table(results: Results) -> str:
 
 def readme_table(results: Results, budget: int = 512) -> str:
     head = ["context", "batch 1", "batch 4", "batch 16"]
-    wanted = {"provider": "multipole", "keys": "mixture", "num_kv_heads": 8, "centroids": "int8"}
+    wanted = {"keys": "mixture", "num_kv_heads": 8, "segment_size": 4096, "centroids": "int8"}
     body = []
     for context in (2048, 8192, 32768, 65536, 131072, 524288):
         cells = []
@@ -203,8 +209,14 @@ def main() -> None:
     print(
         f"{len(errors)} points, errors {min(errors):.1e} to {max(errors):.1e}, {different} differ\n"
     )
-    for keys, num_kv_heads in (("mixture", 8), ("captured", 8), ("mixture", 4)):
-        print(f"{keys}, {num_kv_heads} KV heads\n\n{ratio_table(results, keys, num_kv_heads)}")
+    for kind in (
+        ("mixture", 8, 4096),
+        ("mixture", 8, 2048),
+        ("captured", 8, 2048),
+        ("mixture", 4, 4096),
+    ):
+        print("{}, {} KV heads, segments of {}\n".format(*kind))
+        print(ratio_table(results, *kind))
     print(stage_table(results))
     print(claim_table(results))
     print(fp8_table(results))

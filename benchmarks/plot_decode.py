@@ -22,7 +22,7 @@ def curve(rows: list[dict], batch: int, centroids: str, budget: int) -> list[tup
         (int(row["context"]), float(row["ratio_to_flashinfer"]))
         for row in rows
         if row["provider"] == "multipole"
-        and (row["keys"], row["num_kv_heads"]) == ("mixture", "8")
+        and (row["keys"], row["num_kv_heads"], row["segment_size"]) == ("mixture", "8", "4096")
         and (row["batch"], row["centroids"], row["budget"]) == (str(batch), centroids, str(budget))
     )
 

@@ -14,12 +14,12 @@ import itertools
 import torch
 
 from benchmarks.decode_inputs import (
-    QWEN3_ROPE_BASE,
     Geometry,
     groups_of_rows,
     make_rows,
     with_centroids,
 )
+from benchmarks.decode_points import QWEN3_ROPE_BASE
 from benchmarks.decode_stages import relative_error, run_step, share_workspace, stage_calls
 from benchmarks.timing import copy_bandwidth, read_bandwidth, time_graph
 
