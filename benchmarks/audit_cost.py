@@ -27,8 +27,10 @@ from benchmarks.versions import versions
 from sglang_multipole import attach
 from sglang_multipole.cluster_pool import ClusterPool, PoolShape
 from sglang_multipole.config import MultipoleConfig
-from sglang_multipole.segment_builder import BuildOrder, KVLayer, SegmentBuilder
+from sglang_multipole.kv_layer import KVLayer
+from sglang_multipole.segment_builder import BuildOrder, SegmentBuilder
 from sglang_multipole.segment_planner import DecodeRow, StepPlan
+from sglang_multipole.torch_clustering import TorchClustering
 from sglang_multipole.torch_path import TorchPath
 
 HEADS, GROUP, DIM, ROPE_BASE = 8, 4, 128, 1e6  # Qwen3-8B's
@@ -125,7 +127,8 @@ def build(pool: ClusterPool, layer: KVLayer, req_to_token: torch.Tensor, context
         for segment in range(-(-clustered // size)):
             extent = min(size, clustered - segment * size)
             orders.append(BuildOrder(row, segment, extent, len(orders) + 1))
-    SegmentBuilder(pool, [layer], req_to_token).execute(orders)
+    clustering = TorchClustering(pool, [layer], req_to_token)
+    SegmentBuilder(pool, clustering, req_to_token).execute(orders)
 
 
 def make_path(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from typing import Any
 
 import torch
@@ -11,11 +12,15 @@ from sglang_multipole import memory, refusals, sglang_compat
 from sglang_multipole.audit import Audit
 from sglang_multipole.cluster_pool import ClusterPool, PoolShape
 from sglang_multipole.config import MultipoleConfig
+from sglang_multipole.kv_layer import KVLayer
 from sglang_multipole.runtime import DecodePath, MultipoleRuntime
-from sglang_multipole.segment_builder import KVLayer, SegmentBuilder
+from sglang_multipole.segment_builder import Clustering, SegmentBuilder
+from sglang_multipole.torch_clustering import TorchClustering
 from sglang_multipole.torch_path import TorchPath
 
 RUNTIME_ATTRIBUTE = "_multipole"
+
+_logger = logging.getLogger(__name__)
 
 
 def runtime_of(runner: Any) -> MultipoleRuntime | None:
@@ -45,7 +50,7 @@ def attach_runtime(runner: Any, values: dict[str, Any]) -> None:
     )
     num_places = memory.num_places(config, runner.max_total_num_tokens)
     pool = ClusterPool(config, shape, num_places)
-    builder = SegmentBuilder(pool, layers, req_to_token)
+    builder = SegmentBuilder(pool, _clustering(pool, layers, req_to_token), req_to_token)
     audit = make_audit(config, layers, req_to_token)
     path = _decode_path(runner, pool, layers, req_to_token, audit)
     runtime = MultipoleRuntime(config, pool, builder, path, audit)
@@ -61,6 +66,25 @@ def make_audit(
         return None
     layer = config.audit_layer if config.audit_layer >= 0 else len(layers) // 2
     return Audit(config, layer, layers[layer], req_to_token)
+
+
+def _clustering(pool: ClusterPool, layers: list[KVLayer], req_to_token: torch.Tensor) -> Clustering:
+    if req_to_token.device.type == "cpu":
+        return TorchClustering(pool, layers, req_to_token)
+    from sglang_multipole.triton_clustering import make_clustering
+
+    clustering = make_clustering(pool, layers, req_to_token)
+    if clustering is None:
+        _logger.warning(
+            "multipole: segments of %d tokens in %d clusters at head_dim %d are clustered by "
+            "PyTorch code, many times slower than by kernels; see docs/kernels.md, Clustering",
+            pool.config.segment_size,
+            pool.config.clusters_per_segment,
+            pool.shape.head_dim,
+        )
+        return TorchClustering(pool, layers, req_to_token)
+    clustering.warm_up()
+    return clustering
 
 
 def _decode_path(

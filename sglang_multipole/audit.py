@@ -15,7 +15,7 @@ import torch
 from multipole_kernels.decode_buffers import DecodePlan, DecodeWorkspace
 from multipole_kernels.torch_decode import SPARSE_STEPS
 from sglang_multipole.config import MultipoleConfig
-from sglang_multipole.segment_builder import KVLayer
+from sglang_multipole.kv_layer import KVLayer
 from sglang_multipole.segment_planner import DecodeRow, StepPlan
 
 # tokens whose keys and values are in float32 at a time; at 8 KV heads of 128 they take 64 MiB

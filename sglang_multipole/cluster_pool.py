@@ -8,7 +8,6 @@ docs/architecture.md.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 
 import torch
 
@@ -107,9 +106,9 @@ class ClusterPool:
         self.segment_of_slot.zero_()
         self.open_place.zero_()
 
-    def kill(self, places: Sequence[int]) -> None:
-        """No row finds these places from here on."""
-        self.segment_extent[torch.tensor(places, device=self.shape.device)] = 0
+    def kill(self, places: torch.Tensor) -> None:
+        """No row finds these places, [M] int64, from here on."""
+        self.segment_extent[places] = 0
 
     def layer(self, index: int) -> PoolLayer:
         """One layer's part, as the kernels take it."""
@@ -201,20 +200,26 @@ class ClusterPool:
         found = usable & self.matches(place, slots, extent)
         return place * found, extent * found
 
-    def register(self, places: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor) -> None:
+    def register(
+        self,
+        places: torch.Tensor,
+        slots: torch.Tensor,
+        rows: torch.Tensor,
+        extents: torch.Tensor,
+        num_sealed: int,
+    ) -> None:
         """Make built places findable: full ones by their last slot, open ones by their row.
 
         Args:
-            places, rows: [M] int64. slots: [M, extent] int64, extents being equal.
+            places, rows, extents: [M] int64; the first num_sealed are full segments.
+            slots: [M, largest extent] int64; anything valid behind a shorter extent.
         """
-        extent = slots.shape[1]
-        self.segment_slots[places, :extent] = slots.int()
-        self.segment_slot_generation[places, :extent] = self.slot_generation[slots]
-        self.segment_extent[places] = extent
-        if extent == self.config.segment_size:
-            self.segment_of_slot[slots[:, -1]] = places.int()
-        else:
-            self.open_place[rows] = places.int()
+        width = slots.shape[1]
+        self.segment_slots[places, :width] = slots.int()
+        self.segment_slot_generation[places, :width] = self.slot_generation[slots]
+        self.segment_extent[places] = extents.int()
+        self.segment_of_slot[slots[:num_sealed, -1]] = places[:num_sealed].int()
+        self.open_place[rows[num_sealed:]] = places[num_sealed:].int()
 
     def check_integrity(self) -> None:
         """Compare what lies in the pool with its invariants (synchronises; not for the hot path).

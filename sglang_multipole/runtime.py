@@ -151,7 +151,7 @@ class MultipoleRuntime:
         """
         plan = self._plan
         if plan.kills:
-            self.pool.kill(plan.kills)
+            self.pool.kill(torch.tensor(plan.kills, device=self.pool.shape.device))
         self._built = []
         if not plan.is_sparse:
             return False

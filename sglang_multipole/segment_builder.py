@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 
-from multipole_kernels import reference
 from sglang_multipole.cluster_pool import ClusterPool
-
-# most scratch of a clustering, in bytes
-_MAX_SCRATCH = 1 << 30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,18 +21,11 @@ class BuildOrder:
     place: int
 
 
-@dataclasses.dataclass(frozen=True)
-class KVLayer:
-    """One layer's part of the KV pool and its rotary table.
+class Clustering(Protocol):
+    """Who clusters: TorchClustering, or the kernels' SegmentClustering."""
 
-    key_buffer, value_buffer: [num_slots, H, D]. cos, sin: [max_position, rotary_dim / 2] float32,
-    None for a layer without rotary positions.
-    """
-
-    key_buffer: torch.Tensor
-    value_buffer: torch.Tensor
-    cos: torch.Tensor | None
-    sin: torch.Tensor | None
+    def cluster(self, orders: Sequence[tuple[int, int, int, int]]) -> None:
+        """Write the payload of orders (row, segment, extent, place)."""
 
 
 class SegmentBuilder:
@@ -46,8 +35,8 @@ class SegmentBuilder:
         req_to_token: [rows, context] int32, SGLang's map from positions to KV slots.
     """
 
-    def __init__(self, pool: ClusterPool, layers: Sequence[KVLayer], req_to_token: torch.Tensor):
-        self.pool, self.layers, self.req_to_token = pool, layers, req_to_token
+    def __init__(self, pool: ClusterPool, clustering: Clustering, req_to_token: torch.Tensor):
+        self.pool, self.clustering, self.req_to_token = pool, clustering, req_to_token
 
     def execute(self, orders: Sequence[BuildOrder]) -> list[bool]:
         """Build what is missing.
@@ -60,12 +49,18 @@ class SegmentBuilder:
             segment (another request's, or one built earlier in this call).
         """
         known = self._known(orders)
-        missing = [order for order in orders if order not in known]
+        # sealed ones first, see ClusterPool.register
+        missing = sorted(
+            (order for order in orders if order not in known), key=lambda order: -order.extent
+        )
         if missing:
+            rows, segments, extents, places = self._columns(missing)
             # readers must not find a place while its payload is half written
-            self.pool.kill([order.place for order in missing])
-        for group in self._groups(missing):
-            self._build(group)
+            self.pool.kill(places)
+            self.clustering.cluster([dataclasses.astuple(order) for order in missing])
+            slots = self._slots(rows, segments, missing[0].extent)
+            num_sealed = sum(order.extent == self.pool.config.segment_size for order in missing)
+            self.pool.register(places, slots, rows, extents, num_sealed)
         return [order not in known for order in orders]
 
     def _known(self, orders: Sequence[BuildOrder]) -> set[BuildOrder]:
@@ -74,7 +69,8 @@ class SegmentBuilder:
         sealed = [order for order in orders if order.extent == size]
         if not sealed:
             return set()
-        slots = self._slots(sealed)
+        rows, segments, _, _ = self._columns(sealed)
+        slots = self._slots(rows, segments, size)
         places = pool.segment_of_slot[slots[:, -1]].long()
         extent = pool.segment_extent[places]
         is_held = (extent == size) & pool.matches(places, slots, extent)
@@ -86,87 +82,17 @@ class SegmentBuilder:
             last_slots.add(last_slot)
         return known
 
-    def _slots(self, orders: Sequence[BuildOrder]) -> torch.Tensor:
-        """[orders, extent] int64 KV slots; the orders have one extent."""
+    def _columns(self, orders: Sequence[BuildOrder]) -> tuple[torch.Tensor, ...]:
+        """row, segment, extent and place of each order, [orders] int64 on the device."""
         device = self.req_to_token.device
-        rows = torch.tensor([order.row for order in orders], device=device)
-        segments = torch.tensor([order.segment for order in orders], device=device)
-        begin = segments * self.pool.config.segment_size
-        positions = begin.unsqueeze(-1) + torch.arange(orders[0].extent, device=device)
-        return self.req_to_token[rows.unsqueeze(-1), positions].long()
-
-    def _groups(self, orders: Sequence[BuildOrder]) -> Iterator[list[BuildOrder]]:
-        """The orders by equal numbers of tokens, which only the first segment's sinks change."""
-
-        def shape(order: BuildOrder) -> tuple[int, bool]:
-            return order.extent, order.segment == 0
-
-        for (extent, _), group in itertools.groupby(sorted(orders, key=shape), key=shape):
-            alike, at_once = list(group), self._max_pairs(extent)
-            for begin in range(0, len(alike), at_once):
-                yield alike[begin : begin + at_once]
-
-    def _max_pairs(self, num_tokens: int) -> int:
-        """How many (layer, segment) pairs of num_tokens are clustered in one go."""
-        shape, config = self.pool.shape, self.pool.config
-        # float32 copies of keys and values, and distances, alive at a time
-        columns = 5 * shape.head_dim + 2 * config.clusters_per_segment
-        return max(_MAX_SCRATCH // (4 * shape.num_kv_heads * num_tokens * columns), 1)
-
-    def _build(self, orders: list[BuildOrder]) -> None:
-        pool, config = self.pool, self.pool.config
-        device = self.req_to_token.device
-        slots = self._slots(orders)
-        places = torch.tensor([order.place for order in orders], device=device)
-        segments = torch.tensor([order.segment for order in orders], device=device)
-        num_sinks = config.num_sink_tokens if orders[0].segment == 0 else 0
-        offset = torch.arange(num_sinks, orders[0].extent, device=device)
-        positions = segments.unsqueeze(-1) * config.segment_size + offset
-        layers_at_once = max(self._max_pairs(orders[0].extent) // len(orders), 1)
-        for begin in range(0, len(self.layers), layers_at_once):
-            layers = range(begin, min(begin + layers_at_once, len(self.layers)))
-            self._build_layers(layers, slots[:, num_sinks:], positions, places, segments, num_sinks)
-        rows = torch.tensor([order.row for order in orders], device=device)
-        pool.register(places, slots, rows)
-
-    def _build_layers(
-        self,
-        layers: range,
-        slots: torch.Tensor,
-        positions: torch.Tensor,
-        places: torch.Tensor,
-        segments: torch.Tensor,
-        num_sinks: int,
-    ) -> None:
-        """Cluster tokens at slots, positions [M, T] in some layers into places [M]."""
-        pool, config = self.pool, self.pool.config
-        num_tokens = slots.shape[1]
-        num_clusters = -(-num_tokens // config.tokens_per_cluster)
-        # [layers, M, H, T, D]
-        keys = torch.stack([self.layers[i].key_buffer[slots].transpose(1, 2) for i in layers])
-        values = torch.stack([self.layers[i].value_buffer[slots].transpose(1, 2) for i in layers])
-        cluster_ids = reference.cluster_segment(
-            self._features(layers, keys, positions),
-            num_clusters,
-            config.max_cluster_size,
-            config.num_lloyd_iters,
-            segments.unsqueeze(-1),  # [M, 1] against [layers, M, H]
+        table = torch.tensor(
+            [dataclasses.astuple(order) for order in orders], pin_memory=device.type == "cuda"
         )
-        members = cluster_ids.argsort(dim=-1, stable=True) + num_sinks
-        summary = reference.summarize_clusters(keys, values, cluster_ids, num_clusters)
-        pool.store(slice(layers.start, layers.stop), places, summary, members)
+        return table.to(device, non_blocking=True).unbind(1)
 
-    def _features(self, layers: range, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """What is clustered: the keys without their rotary position, [layers, M, H, T, D]."""
-        tables = {id(self.layers[i].cos) for i in layers}
-        if len(tables) == 1:
-            return self._unrotate(layers.start, keys, positions)
-        each = [self._unrotate(i, keys[i - layers.start], positions) for i in layers]
-        return torch.stack(each)
-
-    def _unrotate(self, layer: int, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        cos, sin = self.layers[layer].cos, self.layers[layer].sin
-        if cos is None:
-            return keys.float()
-        # [M, 1, T, rotary_dim / 2]
-        return reference.unrotate(keys, cos[positions].unsqueeze(1), sin[positions].unsqueeze(1))
+    def _slots(self, rows: torch.Tensor, segments: torch.Tensor, extent: int) -> torch.Tensor:
+        """[orders, extent] int64 KV slots, of each row's segment; any where the row is shorter."""
+        begin = segments * self.pool.config.segment_size
+        positions = begin.unsqueeze(-1) + torch.arange(extent, device=begin.device)
+        positions = positions.clamp(max=self.req_to_token.shape[1] - 1)
+        return self.req_to_token[rows.unsqueeze(-1), positions].long()

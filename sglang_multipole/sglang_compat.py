@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from sglang_multipole.config import MultipoleConfig
+from sglang_multipole.kv_layer import KVLayer
 from sglang_multipole.request_settings import accepted_token_budget
-from sglang_multipole.segment_builder import KVLayer
 from sglang_multipole.segment_planner import DecodeRow
 
 TESTED_VERSIONS = ("0.5.17",)

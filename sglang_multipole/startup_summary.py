@@ -12,7 +12,7 @@ def startup_summary(runtime: MultipoleRuntime, has_metrics: bool) -> str:
     """The block: configuration, memory, graphs and what operators can see."""
     config, pool, path = runtime.config, runtime.pool, runtime.path
     limits = path.limits
-    kv_bytes = sum(kv.key_buffer.nbytes + kv.value_buffer.nbytes for kv in runtime.builder.layers)
+    kv_bytes = sum(kv.key_buffer.nbytes + kv.value_buffer.nbytes for kv in runtime.path.layers)
     share = 100 * pool.nbytes / kv_bytes
     lines = [
         f"Multipole attention {sglang_compat.own_version()} is active",

@@ -11,7 +11,7 @@ from multipole_kernels.decode_buffers import DecodePlan
 from multipole_kernels.torch_decode import NUM_COUNTERS, multipole_decode
 from sglang_multipole.audit import AuditedRow
 from sglang_multipole.cluster_pool import ClusterPool
-from sglang_multipole.segment_builder import KVLayer
+from sglang_multipole.kv_layer import KVLayer
 from sglang_multipole.segment_planner import BatchLimits
 
 

@@ -19,7 +19,7 @@ from multipole_kernels.segment_snapshot import PoolIndex
 from multipole_kernels.torch_decode import NUM_COUNTERS
 from sglang_multipole.audit import AuditedRow
 from sglang_multipole.cluster_pool import ClusterPool
-from sglang_multipole.segment_builder import KVLayer
+from sglang_multipole.kv_layer import KVLayer
 from sglang_multipole.step_buffers import StepBuffers
 
 # steps whose results may be on their way to the host at a time; SGLang has two in flight

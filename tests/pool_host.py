@@ -20,8 +20,10 @@ import torch
 from sglang_multipole import attach, sglang_compat
 from sglang_multipole.cluster_pool import ClusterPool, PoolShape
 from sglang_multipole.config import MultipoleConfig
+from sglang_multipole.kv_layer import KVLayer
 from sglang_multipole.runtime import MultipoleRuntime, PendingFeedback
-from sglang_multipole.segment_builder import KVLayer, SegmentBuilder
+from sglang_multipole.segment_builder import SegmentBuilder
+from sglang_multipole.torch_clustering import TorchClustering
 from sglang_multipole.torch_path import TorchPath
 from tests.pool_request import MAX_LEN, Request
 from tests.pool_slots import SlotWatch
@@ -99,7 +101,8 @@ class PoolHost:
         )
         shape = PoolShape(1, HEADS, DIM, num_slots + 1, num_rows + 1, torch.float32, "cpu")
         pool = ClusterPool(config, shape, num_places)
-        builder = SegmentBuilder(pool, [self.layer], self.req_to_token)
+        clustering = TorchClustering(pool, [self.layer], self.req_to_token)
+        builder = SegmentBuilder(pool, clustering, self.req_to_token)
         self.path = TorchPath(pool, [self.layer], self.req_to_token)
         self.runtime = MultipoleRuntime(config, pool, builder, self.path)
         attach._watch(self.allocator, self.runtime)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sglang_multipole.segment_builder import KVLayer
+from sglang_multipole.kv_layer import KVLayer
 
 
 class SlotWatch:

@@ -11,8 +11,8 @@ import torch
 from sglang_multipole import attach, audit
 from sglang_multipole.audit import AuditedRow
 from sglang_multipole.config import ConfigError, MultipoleConfig
+from sglang_multipole.kv_layer import KVLayer
 from sglang_multipole.reporting import Reporting
-from sglang_multipole.segment_builder import KVLayer
 from sglang_multipole.segment_planner import SWITCHED_OFF, DecodeRow, StepPlan
 from sglang_multipole.torch_path import TorchPath
 from tests.test_cluster_pool import GROUP, HEADS, NUM_SLOTS, SMALL, Host

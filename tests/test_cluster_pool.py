@@ -9,9 +9,11 @@ from multipole_kernels.torch_decode import EXACT_TOKENS
 from sglang_multipole.activity import Activity
 from sglang_multipole.cluster_pool import ClusterPool, PoolShape
 from sglang_multipole.config import MultipoleConfig
+from sglang_multipole.kv_layer import KVLayer
 from sglang_multipole.runtime import MultipoleRuntime
-from sglang_multipole.segment_builder import BuildOrder, KVLayer, SegmentBuilder
+from sglang_multipole.segment_builder import BuildOrder, SegmentBuilder
 from sglang_multipole.segment_planner import DecodeRow
+from sglang_multipole.torch_clustering import TorchClustering
 from sglang_multipole.torch_path import TorchPath
 
 NUM_SLOTS, NUM_ROWS, HEADS, GROUP, DIM = 4000, 8, 2, 3, 16
@@ -43,7 +45,8 @@ class Host:
         shape = PoolShape(1, HEADS, dim, NUM_SLOTS, NUM_ROWS, dtype, "cpu")
         self.layer = KVLayer(keys, values, None, None)
         pool = ClusterPool(config, shape, num_places)
-        builder = SegmentBuilder(pool, [self.layer], self.req_to_token)
+        clustering = TorchClustering(pool, [self.layer], self.req_to_token)
+        builder = SegmentBuilder(pool, clustering, self.req_to_token)
         self.path = TorchPath(pool, [self.layer], self.req_to_token)
         self.runtime = MultipoleRuntime(config, pool, builder, self.path)
         self.free = torch.randperm(NUM_SLOTS - 1, generator=generator) + 1

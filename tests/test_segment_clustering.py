@@ -1,0 +1,240 @@
+"""The clustering kernels against reference.cluster_segment and summarize_clusters."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from multipole_kernels import reference
+from multipole_kernels.clustering_batch import ClusteringGeometry
+from multipole_kernels.segment_clustering import supports
+from tests.clustering_case import ClusteringCase, make_clustering_case
+
+# (row, segment, extent, place): a first segment with its sinks, a later one, an open one
+ORDERS = [(0, 0, 256, 3), (1, 2, 256, 5), (1, 3, 128, 7)]
+
+
+def num_clusters(case: ClusteringCase, num_tokens: int) -> int:
+    return -(-num_tokens // case.geometry.tokens_per_cluster)
+
+
+def squared_distance(features: torch.Tensor, ids: torch.Tensor, clusters: int) -> torch.Tensor:
+    """[H], what k-means makes small."""
+    means = reference.cluster_means(features, ids, clusters).nan_to_num(0.0)
+    nearest = means.gather(-2, ids.unsqueeze(-1).expand(features.shape))
+    return (features - nearest).square().sum((-1, -2))
+
+
+def reference_ids(case: ClusteringCase, layer: int, order) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features and cluster ids of an order in one layer."""
+    features = case.features(layer, *order[:3])
+    geometry = case.geometry
+    ids = reference.cluster_segment(
+        features,
+        num_clusters(case, features.shape[1]),
+        geometry.max_cluster_size,
+        geometry.num_lloyd_iters,
+        order[1],
+    )
+    return features, ids
+
+
+def assert_summary_matches(case: ClusteringCase, layer: int, order) -> None:
+    """The stored summary is that of the stored members."""
+    place, pool = order[3], case.pool
+    ids = case.cluster_ids(layer, *order)
+    clusters = num_clusters(case, ids.shape[1])
+    _, slots = case.tokens(*order[:3])
+    keys = case.keys[layer][slots].transpose(0, 1)
+    values = case.values[layer][slots].transpose(0, 1)
+    expected = reference.summarize_clusters(keys, values, ids, clusters)
+    torch.testing.assert_close(
+        pool.key_variance[layer, place, :, :clusters], expected.key_variance, rtol=1e-4, atol=1e-5
+    )
+    torch.testing.assert_close(
+        pool.pair_weight[layer, place], expected.pair_weight, rtol=1e-4, atol=1e-5
+    )
+    for stored, scales, mean in (
+        (pool.key_centroids, pool.key_scale, expected.key_centroids),
+        (pool.value_centroids, pool.value_scale, expected.value_centroids),
+    ):
+        stored = stored[layer, place, :, :clusters]
+        if scales is None:
+            # a mean that lies between two numbers of the dtype may be rounded either way
+            step = torch.finfo(stored.dtype).eps
+            torch.testing.assert_close(stored.float(), mean, rtol=step, atol=1e-6)
+            continue
+        scale = scales[layer, place, :, :clusters]
+        quantized, expected_scale = reference.quantize_centroids(mean, stored.dtype)
+        torch.testing.assert_close(scale, expected_scale, rtol=1e-5, atol=0)
+        differs = stored.float() != quantized.float()
+        assert differs.float().mean() < 1e-3
+        actual = reference.dequantize_centroids(stored, scale)
+        largest_step = 1.01 * scale.unsqueeze(-1) * (1.0 if stored.dtype == torch.int8 else 32.0)
+        assert ((actual - mean).abs() <= largest_step).all()
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize(
+    "shape",
+    [
+        pytest.param({"centroid_dtype": torch.int8}, id="int8"),
+        pytest.param(
+            {
+                "kv_dtype": torch.float16,
+                "head_dim": 96,
+                "rotary_half": 32,
+                "layers_without_rope": (1,),
+                "centroid_dtype": torch.float8_e4m3fn,
+            },
+            id="partial-rope-fp8",
+        ),
+        pytest.param({"head_dim": 256, "num_kv_heads": 1, "num_layers": 1}, id="largest-head"),
+        pytest.param(
+            {"rotary_half": 0, "layers_without_rope": (0, 1), "kv_dtype": torch.float32}, id="nope"
+        ),
+    ],
+)
+def test_matches_the_reference(shape):
+    case = make_clustering_case(**shape)
+    case.clustering.cluster(ORDERS)
+    for order in ORDERS:
+        for layer in range(len(case.keys)):
+            features, expected = reference_ids(case, layer, order)
+            ids = case.cluster_ids(layer, *order)
+            clusters = num_clusters(case, ids.shape[1])
+            # a near tie decided the other way moves the next centroids
+            assert (ids == expected).float().mean() > 0.95
+            distance = squared_distance(features, ids, clusters)
+            best = squared_distance(features, expected, clusters)
+            assert distance.sum() <= 1.005 * best.sum()
+            assert_summary_matches(case, layer, order)
+
+
+@pytest.mark.kernel
+def test_seeds_are_the_references():
+    """Without an iteration the clusters are the seeds' neighbourhoods."""
+    case = make_clustering_case(num_layers=1, num_lloyd_iters=0)
+    case.clustering.cluster(ORDERS)
+    for order in ORDERS:
+        _, expected = reference_ids(case, 0, order)
+        assert (case.cluster_ids(0, *order) == expected).float().mean() > 0.99
+
+
+@pytest.mark.kernel
+def test_the_size_cap_holds_and_every_token_is_in_one_cluster():
+    case = make_clustering_case(num_layers=1, max_cluster_size=16)
+    # a third of the tokens are all but equal
+    case.keys[0][::3] = case.keys[0][:1] + 1e-2 * case.keys[0][::3]
+    case.clustering.cluster(ORDERS)
+    for order in ORDERS:
+        ids = case.cluster_ids(0, *order)
+        clusters = num_clusters(case, ids.shape[1])
+        assert ((ids >= 0) & (ids < clusters)).all()
+        assert reference.cluster_sizes(ids, clusters).max() <= 16
+        features, expected = reference_ids(case, 0, order)
+        distance = squared_distance(features, ids, clusters)
+        assert distance.sum() <= 1.02 * squared_distance(features, expected, clusters).sum()
+        members = case.pool.members[0, order[3]].long()
+        begin = case.pool.member_begin[0, order[3]].long()
+        sizes = case.pool.cluster_sizes[0, order[3]].long()
+        assert torch.equal(begin, sizes.cumsum(-1) - sizes)
+        for head in range(case.geometry.num_kv_heads):
+            for first, size in zip(begin[head].tolist(), sizes[head].tolist(), strict=True):
+                run = members[head, first : first + size]
+                assert torch.equal(run, run.sort().values), "members are not in order of position"
+
+
+@pytest.mark.kernel
+def test_a_segment_is_the_same_bits_in_whatever_company():
+    """Another rank, another request or another batch of orders must find the same clusters."""
+    together = make_clustering_case(centroid_dtype=torch.int8)
+    alone = make_clustering_case(centroid_dtype=torch.int8)
+    together.clustering.cluster(ORDERS)
+    for order in reversed(ORDERS):
+        alone.clustering.cluster([order])
+    for row, segment, extent, place in ORDERS:
+        num_tokens = len(together.tokens(row, segment, extent)[0])
+        for name, tensor in vars(together.pool).items():
+            own, other = tensor[:, place], vars(alone.pool)[name][:, place]
+            if name == "members":
+                own, other = own[..., :num_tokens], other[..., :num_tokens]
+            elif name != "pair_weight":
+                clusters = num_clusters(together, num_tokens)
+                own, other = own[:, :, :clusters], other[:, :, :clusters]
+            assert torch.equal(own, other), name
+
+
+@pytest.mark.kernel
+def test_unused_clusters_of_an_open_segment_are_empty():
+    case = make_clustering_case(num_layers=1)
+    case.clustering.cluster([(1, 1, 96, 4)])
+    assert (case.pool.cluster_sizes[0, 4, :, 12:] == 0).all()
+
+
+@pytest.mark.kernel
+def test_equal_keys_have_no_variance_to_spread():
+    case = make_clustering_case(num_layers=1, layers_without_rope=(0,), rotary_half=0)
+    case.keys[0][:] = case.keys[0][:1]
+    case.clustering.cluster([(0, 1, 256, 2)])
+    assert (case.pool.pair_weight[0, 2] == 1).all()
+    used = case.pool.cluster_sizes[0, 2] > 0
+    assert (case.pool.key_variance[0, 2][used] == 0).all()
+
+
+@pytest.mark.kernel
+def test_more_clusters_than_sums_fit_take_several_passes(monkeypatch):
+    monkeypatch.setattr("multipole_kernels.kmeans._MAX_SUMS", 16 * 64)
+    case = make_clustering_case(num_layers=1)
+    case.clustering.cluster(ORDERS[1:])
+    for order in ORDERS[1:]:
+        features, expected = reference_ids(case, 0, order)
+        ids = case.cluster_ids(0, *order)
+        clusters = num_clusters(case, ids.shape[1])
+        assert (ids == expected).float().mean() > 0.95
+        assert (
+            squared_distance(features, ids, clusters).sum()
+            <= 1.005 * squared_distance(features, expected, clusters).sum()
+        )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("segment_size", "head_dim"), [(2048, 128), (4096, 128), (2048, 256), (2048, 64)]
+)
+def test_matches_the_reference_at_real_sizes(segment_size, head_dim):
+    case = make_clustering_case(
+        num_kv_heads=4,
+        head_dim=head_dim,
+        segment_size=segment_size,
+        tokens_per_cluster=16,
+        max_cluster_size=128,
+        centroid_dtype=torch.int8,
+    )
+    orders = [
+        (0, 0, segment_size, 3),
+        (1, 2, segment_size, 5),
+        (1, 3, segment_size // 2, 7),
+        (0, 3, 384, 2),
+    ]
+    case.clustering.cluster(orders)
+    for order in orders:
+        for layer in range(len(case.keys)):
+            features, expected = reference_ids(case, layer, order)
+            ids = case.cluster_ids(layer, *order)
+            clusters = num_clusters(case, ids.shape[1])
+            assert reference.cluster_sizes(ids, clusters).max() <= 128
+            distance = squared_distance(features, ids, clusters)
+            best = squared_distance(features, expected, clusters)
+            assert distance.sum() <= 1.001 * best.sum()
+            assert_summary_matches(case, layer, order)
+
+
+def test_shapes_that_the_kernels_do_not_take_are_told():
+    def geometry(head_dim: int, segment_size: int) -> ClusteringGeometry:
+        return ClusteringGeometry(8, head_dim, 32, torch.bfloat16, segment_size, 10, 16, 128, 4)
+
+    assert supports(geometry(128, 4096), 256)
+    assert supports(geometry(256, 2048), 128)
+    assert not supports(geometry(256, 4096), 256)
+    assert not supports(geometry(128, 8192), 512)
