@@ -31,6 +31,7 @@ OURS: dict[str, dict] = {
     "ours-ratio-12": {"clustering": {"tokens_per_cluster": 12, "max_cluster_size": 96}},
     "ours-lloyd-6": {"clustering": {"num_lloyd_iters": 6}},
     "ours-lloyd-10": {"clustering": {"num_lloyd_iters": 10}},
+    "ours-far-seeds": {"clustering": {"far_rounds": 3}},
     "ours-seed-1": {"clustering": {"seed": 1}},
     "ours-cap-64": {"clustering": {"max_cluster_size": 64}},
     "ours-cap-none": {"clustering": {"max_cluster_size": None}},
