@@ -9,6 +9,10 @@ the radix cache spares most of the prefills. Only steps in which all of them dec
 longest_gap_ms is the longest time between two tokens of a request, from its second on. A multipole
 row whose steps were not all sparse (or, below the gate, all dense) is an error, not a result.
 
+The rows `switched_off` are of the multipole server as well: the same requests, each with
+`"multipole": false`, which are steps of SGLang's own dense attention and graphs, without another
+start and without another prefill.
+
 A point of the form 2048x4+65536 has a newcomer: its prompt is prefilled and clustered while the
 others decode, and the steps are theirs while the newcomer decodes beside them.
 
@@ -32,11 +36,18 @@ from typing import Any
 
 from benchmarks import random_weights
 from benchmarks.csv_file import write_rows
+from benchmarks.step_profile import profile_steps
 from benchmarks.token_stream import TokenStream, run_together
 from benchmarks.versions import versions
 from sglang_multipole.local_server import LocalServer
 
 VOCABULARY = 30000
+# of the requests, by kind of row
+SAMPLING: dict[str, dict[str, Any] | None] = {
+    "multipole": None,
+    "switched_off": {"custom_params": {"multipole": False}},
+    "dense": None,
+}
 NEWCOMER_TOKENS = 64
 MARGIN = 32  # tokens of the running requests before the newcomer is sent, and after its end
 WARM_UP_TOKENS = 9000  # a full chunk of a prefill, segments to cluster, steps above the gate
@@ -51,18 +62,26 @@ def main() -> int:
     parser.add_argument("--multipole-config", default='{"token_budget": 1024}')
     parser.add_argument("--csv", type=Path, required=True)
     parser.add_argument("--logs", type=Path, help="a folder for the servers' logs")
+    parser.add_argument("--servers", default="multipole,dense", help="to start, in this order")
+    parser.add_argument("--profile", type=int, default=0, help="tokens of a profiled request")
+    parser.add_argument("--profile-csv", type=Path, help="what runs on the GPU in its steps")
     parser.add_argument("--unit-norms", action="store_true", help="of random weights")
     parser.add_argument("--commit", default="", help="where there is no git repository")
     parser.add_argument("--seed", type=int, default=1)
     arguments, flags = parser.parse_known_args()
     flags = [flag for flag in flags if flag != "--"]
     points = [Point.parse(point) for point in arguments.points.split(",")]
-    sparse = ["--enable-multipole", f"--multipole-config={arguments.multipole_config}"]
+    own_flags = {
+        "multipole": ["--enable-multipole", f"--multipole-config={arguments.multipole_config}"],
+        "dense": [],
+    }
+    kinds = {"multipole": ["multipole", "switched_off"], "dense": ["dense"]}
     rows: list[dict[str, Any]] = []
-    for name, own_flags in (("multipole", sparse), ("dense", [])):
+    profiled: list[dict[str, Any]] = []
+    for name in arguments.servers.split(","):
         with tempfile.TemporaryDirectory() as folder:
             log = (arguments.logs or Path(folder)) / f"server_{name}.log"
-            with LocalServer(arguments.model_path, [*flags, *own_flags], log) as server:
+            with LocalServer(arguments.model_path, [*flags, *own_flags[name]], log) as server:
                 if arguments.unit_norms:
                     random_weights.set_norms_to_one(server, arguments.model_path)
                 # compile what a first request compiles
@@ -70,11 +89,19 @@ def main() -> int:
                 warm_up = _prompt("warm-up", min(WARM_UP_TOKENS, longest))
                 run_together([TokenStream(server, warm_up, 16)])
                 for _ in range(arguments.rounds):
-                    for point in points:
-                        row = measure(server, point, arguments)
-                        rows.append({"server": name, **row, **versions(arguments.commit)})
+                    for point, kind in itertools.product(points, kinds[name]):
+                        row = measure(server, point, kind, arguments)
+                        rows.append({"server": kind, **row, **versions(arguments.commit)})
                         print(json.dumps(rows[-1]), flush=True)
                         write_rows(arguments.csv, rows)
+                for kind in kinds[name] if arguments.profile else ():
+                    prompt = _prompt(f"{arguments.seed} 0", arguments.profile)
+                    place = {"server": kind, "context": arguments.profile}
+                    profiled += [
+                        place | row | versions(arguments.commit)
+                        for row in profile_steps(server, prompt, SAMPLING[kind])
+                    ]
+                    write_rows(arguments.profile_csv, profiled)
     report(rows)
     return 0
 
@@ -95,20 +122,23 @@ class Point:
         return cls(context, batch, int(newcomer or 0))
 
 
-def measure(server: LocalServer, point: Point, arguments: argparse.Namespace) -> dict[str, Any]:
+def measure(
+    server: LocalServer, point: Point, kind: str, arguments: argparse.Namespace
+) -> dict[str, Any]:
     """Decode random requests together; milliseconds between their tokens."""
     seed, num_tokens = arguments.seed, arguments.num_tokens
+    sampling = SAMPLING[kind]
     prompts = [_prompt(f"{seed} {index}", point.context) for index in range(point.batch)]
     newcomers = []
     if point.newcomer:
         # long enough to be there when the newcomer has ended
         num_running = num_tokens + NEWCOMER_TOKENS + MARGIN
-        streams = [TokenStream(server, prompt, num_running) for prompt in prompts]
-        newcomer = _prompt(f"{seed} newcomer", point.newcomer)
-        newcomers.append(TokenStream(server, newcomer, NEWCOMER_TOKENS))
+        streams = [TokenStream(server, prompt, num_running, sampling) for prompt in prompts]
+        newcomer = _prompt(f"{seed} newcomer, {kind}", point.newcomer)
+        newcomers.append(TokenStream(server, newcomer, NEWCOMER_TOKENS, sampling))
         run_together(streams, newcomers, after=MARGIN)
     else:
-        streams = [TokenStream(server, prompt, num_tokens) for prompt in prompts]
+        streams = [TokenStream(server, prompt, num_tokens, sampling) for prompt in prompts]
         run_together(streams)
     steps = _steps_beside(streams, newcomers[0]) if newcomers else _steps_together(streams)
     if len(steps) < 16:
@@ -183,18 +213,13 @@ def _activity(activities: list[dict[str, int] | None], point: Point) -> dict[str
 
 def report(rows: list[dict[str, Any]]) -> None:
     """The table, from the rows."""
-    print("\ncontext x batch + newcomer    dense ms  multipole ms   ratio   exact share")
-    medians: dict[Point, dict[str, list[float]]] = {}
-    shares: dict[Point, Any] = {}
-    for row in rows:
-        point = Point(row["context"], row["batch"], row["newcomer"])
-        medians.setdefault(point, {}).setdefault(row["server"], []).append(row["p50_ms"])
-        if row["server"] == "multipole":
-            shares[point] = row["exact_share"]
-    for point, by_server in medians.items():
-        dense, sparse = (statistics.median(by_server[name]) for name in ("dense", "multipole"))
-        name = f"{point.context} x {point.batch} + {point.newcomer}"
-        print(f"{name:>26} {dense:>11.2f} {sparse:>12.2f} {dense / sparse:>8.2f}x {shares[point]}")
+    print("\ncontext x batch + newcomer     p50 ms   p99 ms   max ms  longest gap ms  exact share")
+    for row in sorted(rows, key=lambda row: (row["context"], row["batch"], row["newcomer"])):
+        point = f"{row['context']} x {row['batch']} + {row['newcomer']}"
+        times = f"{row['p50_ms']:9.2f}{row['p99_ms']:9.2f}{row['max_ms']:9.2f}"
+        print(
+            f"{point:>26} {times} {row['longest_gap_ms']:>14} {row['exact_share']} {row['server']}"
+        )
 
 
 if __name__ == "__main__":
