@@ -151,7 +151,9 @@ class MultipoleRuntime:
         """
         plan = self._plan
         if plan.kills:
-            self.pool.kill(torch.tensor(plan.kills, device=self.pool.shape.device))
+            # from pinned memory, or the host would wait for the step before
+            kills = torch.tensor(plan.kills, pin_memory=rows.is_cuda)
+            self.pool.kill(kills.to(rows.device, non_blocking=True))
         self._built = []
         if not plan.is_sparse:
             return False
