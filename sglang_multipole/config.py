@@ -104,7 +104,7 @@ class MultipoleConfig:
         "auto",
     )
     max_builds_per_step: int = _key(
-        256,
+        8,
         "segments clustered between two decode steps, unless strict_activation",
         "segments",
         1,

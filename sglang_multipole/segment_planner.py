@@ -218,7 +218,10 @@ class SegmentPlanner:
         num_sealed, open_extent = divmod(clustered, size)
         first = 0 if request.is_admission else request.ordered // size
         request.missing.update(range(first, num_sealed))
-        wanted = [(k, size) for k in sorted(request.missing) if k < num_sealed]
+        # what was never ordered first: the second order of an admission is mostly for nothing, and
+        # must not use up a step's builds
+        by_need = sorted(request.missing, key=lambda k: (k * size < request.ordered, k))
+        wanted = [(k, size) for k in by_need if k < num_sealed]
         if open_extent and (
             request.is_admission or clustered > request.ordered or num_sealed in request.missing
         ):

@@ -214,6 +214,30 @@ def test_a_full_pool_is_exact_and_counted():
     assert counts["exact_tokens"] == sum(exact)
 
 
+def test_no_step_is_lost_to_segments_that_were_ordered_already():
+    """A request orders all its segments twice; with few builds a step, the second order of the
+    first ones once came before the first order of the others."""
+    host = Host(MultipoleConfig.from_dict(SMALL.to_dict() | {"max_builds_per_step": 2}))
+    host.add("a", 1, 900)
+    built = []
+    for _ in range(4):
+        host.step()
+        built.append(host.runtime.planner.stats.segments_built)
+    assert built == [2, 4, 6, 6]
+
+
+def test_a_long_prompt_does_not_keep_others_from_being_clustered():
+    host = Host(MultipoleConfig.from_dict(SMALL.to_dict() | {"max_builds_per_step": 2}))
+    host.add("long", 1, 1700)
+    for row in (2, 3, 4):
+        host.add(f"short-{row}", row, 300)
+    # 13 segments and 3 x 2 at two a step
+    for _ in range(10):
+        host.step()
+    assert host.runtime.planner.stats.segments_built == 19
+    assert not any(request.missing for request in host.runtime.planner.requests.values())
+
+
 def test_least_recently_used_segments_make_room():
     host = Host(SMALL, num_places=9)
     host.add("a", 1, 700)
