@@ -45,8 +45,9 @@ from tests.clustering_case import ClusteringCase, make_clustering_case
 NUM_LAYERS, NUM_KV_HEADS, HEAD_DIM = 36, 8, 128
 NUM_PLACES = 20
 CHECKED_LAYERS = (0, 17, 35)
-# of the reference's objective: what seeds placed otherwise change
-MAX_OBJECTIVE_RATIO = 1.002
+# of the reference's objective, in the mean: of one segment in one layer it is up to half a percent
+# less or more, since a near tie decided the other way leads k-means elsewhere
+MAX_OBJECTIVE_RATIO = 1.001
 SEALED_AT_ONCE = (1, 4, 16)
 MAX_ORDERS_OF_PYTORCH = 1
 # tokens of an open segment, in eighths of a segment
@@ -100,11 +101,11 @@ def sealed_orders(bench: Bench, count: int) -> list[Order]:
 
 
 def check(bench: Bench) -> float:
-    """The largest ratio of k-means' objective to the reference's; inf if company changes bits."""
+    """The mean ratio of k-means' objective to the reference's; inf if company changes bits."""
     size, config = bench.config.segment_size, bench.config
     orders = [(0, 0, size, 1), (1, 2, size, 2), (2, 3, size // 2, 3), (3, 1, size // 8, 4)]
     bench.kernels.cluster(orders)
-    worst = 0.0
+    ratios = []
     for order in orders:
         for layer in CHECKED_LAYERS:
             features = bench.case.features(layer, *order[:3])
@@ -116,7 +117,7 @@ def check(bench: Bench) -> float:
                 _squared_distance(features, ids, clusters)
                 for ids in (bench.case.cluster_ids(layer, *order), expected)
             ]
-            worst = max(worst, distances[0] / distances[1])
+            ratios.append(distances[0] / distances[1])
     places = [order[3] for order in orders]
     together = {name: t[:, places].clone() for name, t in _payload(bench).items()}
     for order in reversed(orders):
@@ -125,7 +126,7 @@ def check(bench: Bench) -> float:
         if not torch.equal(tensor[:, places], together[name]):
             print(f"  {name} differs between a segment alone and in a group")
             return float("inf")
-    return worst
+    return sum(ratios) / len(ratios)
 
 
 def _payload(bench: Bench) -> dict[str, torch.Tensor]:

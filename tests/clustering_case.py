@@ -114,7 +114,7 @@ def make_clustering_case(
         num_lloyd_iters=num_lloyd_iters,
     )
     clusters = segment_size // tokens_per_cluster
-    pool = _make_pool(geometry, num_layers, num_places, clusters, centroid_dtype, device)
+    pool = make_pool(geometry, num_layers, num_places, clusters, centroid_dtype, device)
     cos, sin = [table[0] for table in tables], [table[1] for table in tables]
     clustering = SegmentClustering(
         geometry, pool, make_layer_table(keys, values, cos, sin), req_to_token
@@ -122,7 +122,7 @@ def make_clustering_case(
     return ClusteringCase(geometry, keys, values, cos, sin, req_to_token, pool, clustering)
 
 
-def _make_pool(
+def make_pool(
     geometry: ClusteringGeometry,
     num_layers: int,
     num_places: int,

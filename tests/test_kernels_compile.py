@@ -16,6 +16,7 @@ from multipole_kernels.cuda_kernel import compile_cubin
 from multipole_kernels.launch_config import LaunchConfig
 from multipole_kernels.multipole_decode import multipole_decode
 from multipole_kernels.segment_snapshot import PoolIndex, SegmentSnapshot
+from tests.clustering_case import make_clustering_case
 from tests.decode_case import make_case
 
 pytestmark = pytest.mark.skipif(
@@ -153,3 +154,34 @@ def test_the_snapshot_compiles(launches, sm):
     assert len(launches) == 3
     for launch in launches:
         assert compile_launch(*launch, sm).metadata.shared <= SHARED_LIMIT[sm]
+
+
+@pytest.mark.parametrize(
+    ("sm", "head_dim", "segment_size", "centroid_dtype"),
+    [
+        pytest.param(80, 128, 2048, torch.float8_e4m3fn, id="ampere-fp8"),
+        pytest.param(80, 128, 4096, torch.int8, id="ampere-most-clusters"),
+        pytest.param(90, 128, 4096, torch.int8, id="hopper"),
+        pytest.param(90, 256, 2048, None, id="hopper-largest-head"),
+        pytest.param(90, 96, 2048, torch.int8, id="hopper-head-not-a-power-of-two"),
+        pytest.param(100, 128, 2048, torch.int8, id="blackwell"),
+    ],
+)
+def test_the_clustering_compiles(launches, sm, head_dim, segment_size, centroid_dtype):
+    case = make_clustering_case(
+        num_layers=1,
+        num_kv_heads=1,
+        head_dim=head_dim,
+        segment_size=segment_size,
+        tokens_per_cluster=16,
+        max_cluster_size=128,
+        centroid_dtype=centroid_dtype,
+        num_rows=1,
+        num_places=2,
+        device="cpu",
+    )
+    case.clustering.cluster([(0, 1, segment_size, 1)])
+    assert len(launches) == 6
+    for kernel, arguments in launches:
+        binary = compile_launch(kernel, arguments, sm)
+        assert binary.metadata.shared <= SHARED_LIMIT[sm], kernel.__name__
