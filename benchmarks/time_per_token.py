@@ -5,9 +5,10 @@
 
 What follows `--` are flags of both servers. Each point is context x batch: that many requests of
 random tokens, decoded together. A longer point's prompts begin with those of a shorter one, so that
-the radix cache spares most of the prefills. Only steps in which all of them decode are counted;
-longest_gap_ms is the longest time between two tokens of a request, from its second on. A multipole
-row whose steps were not all sparse (or, below the gate, all dense) is an error, not a result.
+the radix cache spares most of the prefills. Only steps in which all of them decode and have their
+clusters are counted; settled_s is the time from the last first token until then, longest_gap_ms the
+longest time between two tokens of a request, from its second on. sparse_steps and dense_steps are
+those of all its steps.
 
 The rows `switched_off` are of the multipole server as well: the same requests, each with
 `"multipole": false`, which are steps of SGLang's own dense attention and graphs, without another
@@ -158,16 +159,17 @@ def measure(
         "max_ms": round(steps[-1], 3),
         "longest_gap_ms": round(1e3 * max(gaps), 1),
         "first_token_s": round(max(s.first_token_seconds for s in asked), 3),
-        # a multipole server clusters the prompts before their first decode step
+        # a multipole server clusters the prompts before their first decode steps
         "second_token_s": round(max(s.times[1] - s.times[0] for s in asked), 3),
-        **_activity([stream.meta_info.get("multipole") for stream in asked], point),
+        "settled_s": round(max(map(_settled, asked)) - max(s.times[0] for s in asked), 3),
+        **_activity([stream.meta_info.get("multipole") for stream in asked]),
     }
 
 
 def _steps_together(streams: list[TokenStream]) -> list[float]:
-    """Sorted times of the steps in which all decode: from the last's second token to the first's
-    end, in ms."""
-    begin = max(stream.times[1] for stream in streams)
+    """Sorted times of the steps in which all decode as they go on: from the last's clusters to the
+    first's end, in ms."""
+    begin = max(_settled(stream) for stream in streams)
     end = min(stream.times[-1] for stream in streams)
     return sorted(
         1e3 * (later - earlier)
@@ -175,6 +177,15 @@ def _steps_together(streams: list[TokenStream]) -> list[float]:
         for earlier, later in itertools.pairwise(stream.times[1:])
         if begin <= earlier and later <= end
     )
+
+
+def _settled(stream: TokenStream) -> float:
+    """When the request had its clusters: after the last step that read more than twice as many
+    tokens exactly as its later ones; its second token in a dense server."""
+    read = [after - before for before, after in itertools.pairwise(stream.exact_tokens)]
+    usual = statistics.median(read[-len(read) // 4 :]) if read else 0
+    more = [index for index, tokens in enumerate(read) if tokens > 2 * usual]
+    return stream.times[max(more, default=0) + 1]
 
 
 def _steps_beside(streams: list[TokenStream], newcomer: TokenStream) -> list[float]:
@@ -194,16 +205,11 @@ def _prompt(seed: str, num_tokens: int) -> list[int]:
     return [generator.randrange(100, VOCABULARY) for _ in range(num_tokens)]
 
 
-def _activity(activities: list[dict[str, int] | None], point: Point) -> dict[str, Any]:
+def _activity(activities: list[dict[str, int] | None]) -> dict[str, Any]:
     """The proof that what was measured is what the row says."""
     if activities[0] is None:
         return {"sparse_steps": "", "dense_steps": "", "exact_share": ""}
     sums = {key: sum(a[key] for a in activities) for key in activities[0]}
-    if sums["sparse_steps"] and sums["dense_steps"] and not point.newcomer:
-        raise RuntimeError(
-            f"time_per_token: {sums['dense_steps']} of the steps were dense and "
-            f"{sums['sparse_steps']} sparse; a point must lie on one side of min_context"
-        )
     return {
         "sparse_steps": sums["sparse_steps"],
         "dense_steps": sums["dense_steps"],

@@ -22,6 +22,7 @@ class TokenStream(threading.Thread):
     Attributes:
         began, times: time.perf_counter() of the request and of each token, seconds.
         meta_info: SGLang's, of the last token.
+        exact_tokens: attended exactly so far, at each token; empty if the server is dense.
         error: why there is no answer; empty if there is one.
     """
 
@@ -43,6 +44,7 @@ class TokenStream(threading.Thread):
         self.began = 0.0
         self.times: list[float] = []
         self.meta_info: dict[str, Any] = {}
+        self.exact_tokens: list[int] = []
         self.error = ""
 
     @property
@@ -61,16 +63,20 @@ class TokenStream(threading.Thread):
         connection.request(
             "POST", "/generate", json.dumps(self._body), {"Content-Type": "application/json"}
         )
-        last = b"data: {}"
+        lines: list[bytes] = []
         for line in connection.getresponse():
             if not line.startswith(b"data: ") or line.startswith(b"data: [DONE]"):
                 continue
             self.times.append(time.perf_counter())
-            last = line
-        answer = json.loads(last.removeprefix(b"data: "))
-        if "meta_info" not in answer:
-            raise ValueError(answer)
-        self.meta_info = answer["meta_info"]
+            lines.append(line)
+        answers = [json.loads(line.removeprefix(b"data: ")) for line in lines]
+        if not answers or "meta_info" not in answers[-1]:
+            raise ValueError(answers[-1:])
+        self.meta_info = answers[-1]["meta_info"]
+        if "multipole" in self.meta_info:
+            self.exact_tokens = [
+                answer["meta_info"]["multipole"]["exact_tokens"] for answer in answers
+            ]
 
 
 def run_together(
