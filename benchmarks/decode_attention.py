@@ -11,10 +11,12 @@ plan, once a step, count as 1 / NUM_LAYERS. Keys are a mixture with position str
 clustered; slots lie in no order. Segments, clusters and buffers are as a server has them by
 default. Rows below the server's default gate are attended with clusters all the same.
 
-Columns: bytes are what must be read and written once (centroids, selected and always-exact tokens,
-weights written and read); share_of_copy and share_of_read are their rate over the card's measured
-copy and read bandwidth. sum_of_launches_us is the paper's measure: each launch alone, nothing
-overlapped. selected_sizes counts the first group's selected clusters of up to SIZE_EDGES tokens.
+A step that takes one launch (column launches; see launch_config.py) is timed as such, and the three
+launches alone all the same. Columns: bytes are what must be read and written once (centroids,
+selected and always-exact tokens, weights written and read); share_of_copy and share_of_read are
+their rate over the card's measured copy and read bandwidth. sum_of_launches_us is the paper's
+measure: each launch alone, nothing overlapped. selected_sizes counts the first group's selected
+clusters of up to SIZE_EDGES tokens.
 exact_flashinfer_us is FlashInfer's paged decode over the selected tokens alone, each (row, KV head)
 as a request of its own: what the exact launch would take if it had nothing else to do.
 """
@@ -161,6 +163,7 @@ def bench_point(
     add_us = (plan.p50_us + snapshot.p50_us) / NUM_LAYERS
     whole = stages.pop("all")
     total = Quantiles(whole.p20_us + add_us, whole.p50_us + add_us, whole.p80_us + add_us)
+    columns["launches"] = 3 if case.workspace.team(batch) is None else 1
     columns |= {"plan_us": plan.p50_us, "snapshot_us": snapshot.p50_us}
     columns |= {f"{stage}_us": times.p50_us for stage, times in stages.items()}
     columns["sum_of_launches_us"] = sum(times.p50_us for times in stages.values())
@@ -170,8 +173,8 @@ def bench_point(
         columns["exact_flashinfer_us"] = time_selected(groups, out)
     row = table.add(total, moved, provider="multipole", **columns)
     print(
-        f"{title} {total.p50_us:8.1f} us = coarse {row['coarse_us']:.1f} select "
-        f"{row['select_us']:.1f} exact {row['exact_us']:.1f}; "
+        f"{title} {total.p50_us:8.1f} us in {row['launches']}; coarse {row['coarse_us']:.1f} "
+        f"select {row['select_us']:.1f} exact {row['exact_us']:.1f}; "
         f"x{row.get('ratio_to_flashinfer', 0):.2f}, {row['share_of_copy']:.0%} of copy; error "
         f"{error:.1e}; sizes {row['selected_sizes']}",
         flush=True,

@@ -13,9 +13,10 @@ from triton.runtime import JITFunction
 
 from multipole_kernels.cluster_selection import selection_constants
 from multipole_kernels.cuda_kernel import compile_cubin
-from multipole_kernels.launch_config import LaunchConfig
+from multipole_kernels.launch_config import LaunchConfig, Team
 from multipole_kernels.multipole_decode import multipole_decode
 from multipole_kernels.segment_snapshot import PoolIndex, SegmentSnapshot
+from multipole_kernels.team_decode import team_constants
 from tests.clustering_case import make_clustering_case
 from tests.decode_case import make_case
 
@@ -122,6 +123,33 @@ def test_decode_compiles(launches, sm, head_dim, gqa_group_size, centroid_dtype,
         assert binary.metadata.shared <= SHARED_LIMIT[sm], kernel.__name__
     constants = selection_constants(case.pool_layer, case.workspace)
     assert compile_cubin("cluster_selection.cu", constants, divmod(sm, 10)).startswith(b"\x7fELF")
+
+
+@pytest.mark.usefixtures("launches")
+@pytest.mark.parametrize(
+    ("sm", "blocks", "head_dim", "gqa_group_size", "dtype", "centroid_dtype"),
+    [
+        pytest.param(90, 16, 128, 4, torch.bfloat16, torch.int8, id="hopper-int8"),
+        pytest.param(90, 2, 128, 8, torch.bfloat16, None, id="hopper-largest"),
+        pytest.param(90, 8, 96, 5, torch.float16, torch.float8_e4m3fn, id="hopper-odd-fp8"),
+        pytest.param(100, 4, 64, 1, torch.bfloat16, torch.int8, id="blackwell-int8"),
+    ],
+)
+def test_a_step_in_one_launch_compiles(sm, blocks, head_dim, gqa_group_size, dtype, centroid_dtype):
+    case = make_case(
+        [600],
+        [64],
+        num_kv_heads=2,
+        gqa_group_size=gqa_group_size,
+        head_dim=head_dim,
+        dtype=dtype,
+        centroid_dtype=centroid_dtype,
+        config=LaunchConfig(num_sms=132),
+        device="cpu",
+    )
+    team = Team(8, blocks, blocks_per_sm=2)
+    constants = team_constants(dtype, case.pool_layer, case.workspace, team)
+    assert compile_cubin("team_decode.cu", constants, divmod(sm, 10)).startswith(b"\x7fELF")
 
 
 def test_a_cuda_kernel_that_does_not_compile_tells_why():

@@ -70,7 +70,7 @@ def cluster_selection(
             workspace.num_selected_tokens,
             workspace.num_clustered_tokens,
         ],
-        ints=[
+        numbers=[
             num_row_heads,
             resident,
             workspace.selected_clusters.shape[2],

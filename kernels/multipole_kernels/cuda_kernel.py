@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 
 _FOLDER = Path(__file__).parent
+# blocks that every card with thread-block clusters takes
+_PORTABLE_CLUSTER = 8
 
 
 def compile_cubin(file_name: str, defines: dict[str, int], capability: tuple[int, int]) -> bytes:
@@ -44,7 +46,7 @@ def compile_cubin(file_name: str, defines: dict[str, int], capability: tuple[int
 class CudaKernel:
     """One compiled kernel of one device.
 
-    The kernel takes one struct by value: the launch's pointers, then its ints.
+    The kernel takes one struct by value: the launch's pointers, then its 4-byte numbers.
     """
 
     def __init__(self, file_name: str, name: str, defines: dict[str, int], device: torch.device):
@@ -56,7 +58,7 @@ class CudaKernel:
         library = _checked(driver.cuLibraryLoadData(self._cubin, [], [], 0, [], [], 0))
         self._kernel = _checked(driver.cuLibraryGetKernel(library, name.encode()))
         self._device = _checked(driver.cuDeviceGet(torch.device(device).index or 0))
-        self._shared_bytes = 0
+        self._shared_bytes, self._cluster = 0, _PORTABLE_CLUSTER
 
     def launch(
         self,
@@ -64,8 +66,9 @@ class CudaKernel:
         threads: int,
         shared_bytes: int,
         overlap: bool,
-        pointers: list[torch.Tensor],
-        ints: list[int],
+        pointers: list[torch.Tensor | None],
+        numbers: list[int | float],
+        cluster: int = 1,
     ) -> None:
         """Launch on the current stream.
 
@@ -73,6 +76,9 @@ class CudaKernel:
             grid: blocks.
             shared_bytes: dynamic shared memory of a block.
             overlap: programmatic dependent launch; the kernel waits for its predecessor itself.
+            pointers: None is a null pointer.
+            numbers: int as int32, float as float32.
+            cluster: blocks of a thread-block cluster, up to 16.
         """
         from cuda.bindings import driver
 
@@ -82,20 +88,34 @@ class CudaKernel:
                 driver.cuKernelSetAttribute(attribute, shared_bytes, self._kernel, self._device)
             )
             self._shared_bytes = shared_bytes
+        if cluster > self._cluster:
+            attribute = driver.CUfunction_attribute
+            attribute = attribute.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
+            _checked(driver.cuKernelSetAttribute(attribute, 1, self._kernel, self._device))
+            self._cluster = cluster
         config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = grid, 1, 1
         config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
         config.sharedMemBytes = shared_bytes
         config.hStream = driver.CUstream(torch.cuda.current_stream().cuda_stream)
+        attributes = []
         if overlap:
             attribute = driver.CUlaunchAttribute()
             attribute.id = (
                 driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
             )
             attribute.value.programmaticStreamSerializationAllowed = 1
-            config.attrs, config.numAttrs = [attribute], 1
-        addresses = (tensor.data_ptr() for tensor in pointers)
-        packed = struct.pack(f"@{len(pointers)}Q{len(ints)}i", *addresses, *ints)
+            attributes.append(attribute)
+        if cluster > 1:
+            attribute = driver.CUlaunchAttribute()
+            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+            attribute.value.clusterDim.x = cluster
+            attribute.value.clusterDim.y = attribute.value.clusterDim.z = 1
+            attributes.append(attribute)
+        config.attrs, config.numAttrs = attributes, len(attributes)
+        addresses = (0 if tensor is None else tensor.data_ptr() for tensor in pointers)
+        kinds = "".join("f" if isinstance(number, float) else "i" for number in numbers)
+        packed = struct.pack(f"@{len(pointers)}Q{kinds}", *addresses, *numbers)
         argument = ctypes.create_string_buffer(packed)
         arguments = (ctypes.c_void_p * 1)(ctypes.addressof(argument))
         function = driver.CUfunction(int(self._kernel))

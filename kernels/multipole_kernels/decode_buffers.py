@@ -10,10 +10,12 @@ import math
 
 import torch
 
-from multipole_kernels.launch_config import LaunchConfig, launch_config
+from multipole_kernels.launch_config import LaunchConfig, Team, launch_config
 
 # most blocks of a (row, KV head) that take selected clusters' centroids out of the coarse state
 MAX_OUT_SPLITS = 4
+# of a Hopper multiprocessor
+SHARED_BYTES_PER_SM = 228 * 1024
 # chunks that a row of a large batch may be cut into
 CHUNKS_PER_ROW = 8
 # most clusters of a segment that coarse attention works on at a time
@@ -153,8 +155,57 @@ class DecodeWorkspace:
         self.exact_max_log2 = new(max_exact_blocks, gqa_group_size)
         self.exact_sum = new(max_exact_blocks, gqa_group_size)
         self.exact_acc = new(max_exact_blocks, gqa_group_size, head_dim)
+        # what a team's block does not hold in shared memory
+        self.team_long_scores = new(
+            max_items if self._has_long_shares() else 0,
+            num_kv_heads,
+            clusters_per_segment,
+            gqa_group_size + gqa_group_size % 2,
+        )
+        self.team_long_ranks = new(
+            *self.team_long_scores.shape[:3],
+            dtype=torch.int32,
+        )
+        self.team_long_spread = new(
+            self.team_long_scores.shape[0], num_kv_heads, self.team_long_scores.shape[3]
+        )
+        # KV heads of a row whose teams have arrived, in the upper half; 0 between launches
+        self.heads_arrived = new(max_rows, dtype=torch.int64)
         # blocks of a (row, head) that have stored their part; the last one sets it back to 0
         self.num_arrived = new(max_rows, num_kv_heads, dtype=torch.int32)
+
+    def team(self, num_rows: int) -> Team | None:
+        """The team that attends for each (row, KV head); None: three launches."""
+        # more query heads or dimensions do not fit the registers; a bin's count is 16 bits
+        if self.gqa_group_size > 8 or self.head_dim > 128 or self.budget_capacity >= 1 << 16:
+            return None
+        row_heads = num_rows * self.num_kv_heads
+        row_clusters = self.max_items_per_row * self.clusters_per_segment
+        for team in self.config.teams:
+            if row_heads <= team.max_row_heads and row_clusters <= team.max_row_clusters:
+                return team
+        return None
+
+    def team_resident_clusters(self, team: Team) -> int:
+        """Clusters that one of its blocks holds in shared memory: whole segments."""
+        heads = self.gqa_group_size + self.gqa_group_size % 2
+        # scores, entry and rank of a cluster; spread and place of a segment
+        per_segment = 4 * (self.clusters_per_segment * (heads + 5) + heads + 1)
+        # the kernel asserts it
+        static = 1024 * (36 + self.gqa_group_size) + 4 * self.gqa_group_size * self.head_dim
+        available = SHARED_BYTES_PER_SM // team.blocks_per_sm - 1024 - static
+        # a share may begin inside a segment
+        fits = max(0, available // per_segment - 1)
+        needed = -(-self.max_items_per_row // team.blocks) + 1
+        return self.clusters_per_segment * min(fits, needed)
+
+    def _has_long_shares(self) -> bool:
+        row_clusters = self.max_items_per_row * self.clusters_per_segment
+        return any(
+            row_clusters <= team.max_row_clusters
+            and -(-row_clusters // team.blocks) > self.team_resident_clusters(team)
+            for team in self.config.teams
+        )
 
     def num_chunks(self, num_rows: int) -> int:
         """The most chunks a batch of num_rows rows is cut into.

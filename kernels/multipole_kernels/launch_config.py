@@ -13,6 +13,21 @@ import torch
 
 
 @dataclasses.dataclass(frozen=True)
+class Team:
+    """Blocks that attend together for one (row, KV head), in one launch: a thread-block cluster.
+
+    max_row_heads: rows times KV heads up to which the launch has this shape.
+    max_row_clusters: clusters of the longest row that there can be, up to which it has.
+    """
+
+    max_row_heads: int
+    blocks: int
+    max_row_clusters: int = 1 << 30
+    threads: int = 256
+    blocks_per_sm: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
 class LaunchConfig:
     """Block shapes, warps and pipeline depths of the three launches of a decode step."""
 
@@ -37,13 +52,24 @@ class LaunchConfig:
     exact_blocks_per_sm: int = 3
     # programmatic dependent launch: a kernel's blocks are placed before its predecessor ends
     overlap_launches: bool = False
+    # a step in one launch, by rising max_row_heads; a larger batch takes three
+    teams: tuple[Team, ...] = ()
 
 
 _BY_CAPABILITY: dict[int, dict[str, object]] = {
     # Ampere (A100, 164 KiB; 86 and 89 have 100 KiB): reasoned
     8: {"exact_num_stages": 2},
-    # Hopper: measured
-    9: {"overlap_launches": True},
+    # Hopper: measured, but for the team of 8
+    9: {
+        "overlap_launches": True,
+        # two blocks a multiprocessor: not every group of multiprocessors has 16 for a team of 16
+        "teams": (
+            Team(8, 16, max_row_clusters=8192, blocks_per_sm=2),
+            Team(16, 8, max_row_clusters=2560, blocks_per_sm=2),
+            Team(32, 4, max_row_clusters=2560, blocks_per_sm=2),
+            Team(128, 2, max_row_clusters=1024, blocks_per_sm=2),
+        ),
+    },
     # Blackwell: reasoned, as Hopper
     10: {"overlap_launches": True},
 }

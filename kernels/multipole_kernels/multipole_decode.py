@@ -1,11 +1,15 @@
-"""One decode step of one layer: multipole attention over a ragged batch, in three launches.
+"""One decode step of one layer: multipole attention over a ragged batch, in three launches or one.
 
     coarse_attention    all clusters by their centroids, all always-exact tokens
     cluster_selection   the best clusters of each (row, KV head); coarse parts merged
     exact_attention     the selected clusters' tokens in, their centroids out; the output
 
+or, of small batches on Hopper (launch_config.py),
+
+    team_decode         all of it
+
 reference.multipole_attention is the definition. No host sync and no allocation: with the same
-num_rows the three launches can be captured in a CUDA graph and replayed over any plan.
+num_rows the launches can be captured in a CUDA graph and replayed over any plan.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ from multipole_kernels.cluster_selection import cluster_selection
 from multipole_kernels.coarse_attention import coarse_attention
 from multipole_kernels.decode_buffers import DecodePlan, DecodeWorkspace, PoolLayer
 from multipole_kernels.exact_attention import exact_attention
+from multipole_kernels.team_decode import team_decode
 
 _HEAD_DIMS = (64, 96, 128, 256)
 _KV_DTYPES = (torch.float16, torch.bfloat16)
@@ -53,6 +58,20 @@ def multipole_decode(
     """
     _check(q, k_cache, v_cache, pool_layer, workspace, out, counters)
     if q.shape[0] == 0:
+        return out
+    if workspace.team(q.shape[0]) is not None:
+        team_decode(
+            q,
+            k_cache,
+            v_cache,
+            pool_layer,
+            plan,
+            workspace,
+            sm_scale,
+            max_logit_variance,
+            out,
+            counters,
+        )
         return out
     coarse_attention(q, k_cache, v_cache, pool_layer, plan, workspace, sm_scale, max_logit_variance)
     cluster_selection(q.shape[0], pool_layer, plan, workspace)
