@@ -77,7 +77,8 @@ def run_step(case: DecodeCase, out: torch.Tensor) -> None:
 
 
 def stage_calls(groups: list[DecodeCase], out: torch.Tensor) -> dict[str, list[Callable]]:
-    """The step by the name "all" and its three launches by theirs, one call for each group.
+    """The step as it is dispatched ("all"), in three launches ("three"), and each of those alone; one
+    call for each group.
 
     A launch timed alone finds the lists that a step of its group leaves.
     """
@@ -110,6 +111,7 @@ def stage_calls(groups: list[DecodeCase], out: torch.Tensor) -> dict[str, list[C
 
     return {
         "all": calls(lambda case: run_step(case, out), groups),
+        "three": calls(lambda case: (coarse(case), select(case), exact(case)), groups),
         "coarse": calls(coarse, groups),
         "select": calls(select, groups),
         "exact": calls(exact, selected),
