@@ -155,7 +155,7 @@ def time_kernels(bench: Bench, orders: list[Order]) -> tuple[Quantiles, dict[str
                 layers,
                 block,
             )
-            for some, layers in kernels._chunks(len(orders), block)
+            for some, layers in kernels.chunks(len(orders), block)
         ]
 
     stages: dict[str, Callable[[ClusteringBatch], None]] = {
@@ -172,7 +172,7 @@ def time_kernels(bench: Bench, orders: list[Order]) -> tuple[Quantiles, dict[str
 
     times = time_graph([whole], replays=9, repeats=2)
     # the chunks' scratch at once would not fit: one chunk stands for all of its size
-    batch, num_chunks = batches()[0], len(list(kernels._chunks(len(orders), block)))
+    batch, num_chunks = batches()[0], len(list(kernels.chunks(len(orders), block)))
     stage_ms = {}
     for name, stage in stages.items():
         one = time_graph([lambda stage=stage: stage(batch)], replays=9, repeats=2)

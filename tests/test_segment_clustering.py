@@ -78,13 +78,14 @@ def assert_summary_matches(case: ClusteringCase, layer: int, order) -> None:
 @pytest.mark.parametrize(
     "shape",
     [
-        pytest.param({"centroid_dtype": torch.int8}, id="int8"),
+        pytest.param({"centroid_dtype": torch.int8, "num_layers": 1}, id="int8"),
         pytest.param(
             {
                 "kv_dtype": torch.float16,
                 "head_dim": 96,
                 "rotary_half": 32,
                 "layers_without_rope": (1,),
+                "num_kv_heads": 1,
                 "centroid_dtype": torch.float8_e4m3fn,
             },
             id="partial-rope-fp8",
@@ -148,8 +149,8 @@ def test_the_size_cap_holds_and_every_token_is_in_one_cluster():
 @pytest.mark.kernel
 def test_a_segment_is_the_same_bits_in_whatever_company():
     """Another rank, another request or another batch of orders must find the same clusters."""
-    together = make_clustering_case(centroid_dtype=torch.int8)
-    alone = make_clustering_case(centroid_dtype=torch.int8)
+    together = make_clustering_case(centroid_dtype=torch.int8, num_kv_heads=1)
+    alone = make_clustering_case(centroid_dtype=torch.int8, num_kv_heads=1)
     together.clustering.cluster(ORDERS)
     for order in reversed(ORDERS):
         alone.clustering.cluster([order])

@@ -60,7 +60,7 @@ class SegmentClustering:
         for block, group in itertools.groupby(sorted(orders, key=block_clusters), block_clusters):
             alike = list(group)
             table = make_orders(alike, self.req_to_token.device)
-            for some, layers in self._chunks(len(alike), block):
+            for some, layers in self.chunks(len(alike), block):
                 self._cluster_chunk(table[some], layers, block)
 
     def warm_up(self) -> None:
@@ -83,7 +83,7 @@ class SegmentClustering:
         sort_members(batch, self.pool)
         summarize(batch, self.pool)
 
-    def _chunks(self, num_orders: int, block_clusters: int) -> Iterator[tuple[slice, range]]:
+    def chunks(self, num_orders: int, block_clusters: int) -> Iterator[tuple[slice, range]]:
         """Orders and layers that fit the scratch; all layers of some orders, or some of one."""
         num_layers = len(self.layer_table)
         pair_bytes = self.geometry.num_kv_heads * self.geometry.unit_bytes(block_clusters)
