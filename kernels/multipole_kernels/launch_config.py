@@ -65,8 +65,8 @@ _BY_CAPABILITY: dict[int, dict[str, object]] = {
         # two blocks a multiprocessor: not every group of multiprocessors has 16 for a team of 16
         "teams": (
             Team(8, 16, max_row_clusters=8192, blocks_per_sm=2),
-            Team(16, 8, max_row_clusters=2560, blocks_per_sm=2),
-            Team(32, 4, max_row_clusters=2560, blocks_per_sm=2),
+            Team(16, 8, max_row_clusters=1024, blocks_per_sm=2),
+            Team(32, 4, max_row_clusters=1024, blocks_per_sm=2),
             Team(128, 2, max_row_clusters=1024, blocks_per_sm=2),
         ),
     },
