@@ -77,10 +77,9 @@ def run_step(case: DecodeCase, out: torch.Tensor) -> None:
 
 
 def stage_calls(groups: list[DecodeCase], out: torch.Tensor) -> dict[str, list[Callable]]:
-    """The step as it is dispatched ("all"), in three launches ("three"), and each of those alone; one
-    call for each group.
+    """The step as dispatched ("all") and in three launches ("three"), and each of these alone.
 
-    A launch timed alone finds the lists that a step of its group leaves.
+    One call for each group; a launch timed alone finds the lists that a step of the group leaves.
     """
 
     def coarse(case):
