@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from multipole_kernels.decode_buffers import DecodePlan, DecodeWorkspace
+from multipole_kernels.decode_buffers import MAX_TILE_CLUSTERS, DecodePlan, DecodeWorkspace
 from multipole_kernels.decode_plan import plan_chunks
 from multipole_kernels.launch_config import LaunchConfig
 
@@ -44,7 +44,7 @@ def test_chunks_cover_each_row_once(items, exact, tiles):
         num_kv_heads=2,
         gqa_group_size=4,
         head_dim=64,
-        clusters_per_segment=128 * tiles,
+        clusters_per_segment=MAX_TILE_CLUSTERS * tiles,
         device=DEVICE,
     )
     plan = make_plan(items, exact)
@@ -81,11 +81,11 @@ def test_chunks_cover_each_row_once(items, exact, tiles):
         pytest.param([3], 100, 3, 1, id="the-shortest-that-run-at-once"),
         pytest.param([64], 8, 11, 6, id="all-run-at-once"),
         pytest.param([16, 16], 4, 6, 6, id="two-rows"),
-        pytest.param([64, 64], 4, 16, 8, id="too-many-to-run-at-once"),
+        pytest.param([64, 64], 4, 8, 16, id="too-many-to-run-at-once"),
     ],
 )
 def test_chunks_are_as_short_as_lets_all_run_at_once(items, num_sms, chunks, longest):
-    """Centroids of 8 bits: 3 blocks of a multiprocessor run at once, for 2 KV heads."""
+    """Items of one tile of 8 bits, 2 KV heads: 3 blocks of a multiprocessor run at once."""
     workspace = DecodeWorkspace(
         max_rows=len(items),
         max_items=sum(items),
@@ -94,6 +94,7 @@ def test_chunks_are_as_short_as_lets_all_run_at_once(items, num_sms, chunks, lon
         num_kv_heads=2,
         gqa_group_size=4,
         head_dim=64,
+        clusters_per_segment=MAX_TILE_CLUSTERS,
         config=LaunchConfig(num_sms=num_sms),
         device=DEVICE,
     )

@@ -18,8 +18,9 @@ MAX_OUT_SPLITS = 4
 SHARED_BYTES_PER_SM = 228 * 1024
 # chunks that a row of a large batch may be cut into
 CHUNKS_PER_ROW = 8
-# most clusters of a segment that coarse attention works on at a time
-MAX_TILE_CLUSTERS = 128
+# most clusters of a segment that coarse attention works on at a time: with fewer than a block has
+# threads, Triton loads sizes, variance and scales where they are used, without a change of layout
+MAX_TILE_CLUSTERS = 64
 
 
 @dataclasses.dataclass

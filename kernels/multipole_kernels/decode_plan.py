@@ -14,7 +14,7 @@ import triton.language as tl
 from multipole_kernels.decode_buffers import DecodePlan, DecodeWorkspace
 
 # cost of a chunk in exact tokens, between which it is chosen; measured on an H100
-_MIN_COST, _MAX_COST = 64, 512
+_MIN_COST, _MAX_COST = 32, 512
 
 
 @triton.jit

@@ -35,10 +35,10 @@ class LaunchConfig:
     # coarse attention: tokens a block gathers at a time
     coarse_block_tokens: int = 64
     coarse_num_warps: int = 4
-    coarse_num_stages: int = 2
+    coarse_num_stages: int = 3
     coarse_max_registers: int | None = None
     # blocks that fit a multiprocessor, with 16-bit and with 8-bit centroids
-    coarse_resident_blocks: tuple[int, int] = (2, 3)
+    coarse_resident_blocks: tuple[int, int] = (3, 3)
     # selection: threads of a block; clusters of a row, of 8 bytes each, held in shared memory
     select_threads: int = 1024
     select_resident_clusters: int = 8192
