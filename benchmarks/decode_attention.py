@@ -17,9 +17,9 @@ and each of the three alone. Columns: bytes are what must be read and written on
 selected and always-exact tokens, weights written and read); share_of_copy and share_of_read are
 their rate over the card's measured copy and read bandwidth. sum_of_launches_us is the paper's
 measure: each launch alone, nothing overlapped. selected_sizes counts the first group's selected
-clusters of up to SIZE_EDGES tokens. exact_flashinfer_us is FlashInfer's paged decode over the
-selected tokens alone, each (row, KV head) as a request of its own: what the exact launch would take
-if it had nothing else to do.
+clusters of up to SIZE_EDGES tokens. exact_flashinfer_us, with int8 centroids, is FlashInfer's paged
+decode over the selected tokens alone, each (row, KV head) as a request of its own: what the exact
+launch would take if it had nothing else to do.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ def bench_point(
     columns["sum_of_launches_us"] = sum(times.p50_us for times in stages.values())
     for provider, (quantiles, _) in dense.items():
         columns[f"ratio_to_{provider}"] = quantiles.p50_us / total.p50_us
-    if "flashinfer" in dense and budget >= 1024:
+    if "flashinfer" in dense and budget >= 1024 and columns["centroids"] == "int8":
         columns["exact_flashinfer_us"] = time_selected(groups, out)
     row = table.add(total, moved, provider="multipole", **columns)
     print(

@@ -1,6 +1,11 @@
-"""The whole decode step against reference.multipole_attention, over really clustered keys."""
+"""The decode step in three launches against reference.multipole_attention, over clustered keys.
+
+The step in one launch, which a GPU would choose for batches as small as these: test_team_decode.
+"""
 
 from __future__ import annotations
+
+import dataclasses
 
 import pytest
 import torch
@@ -19,6 +24,7 @@ RAGGED = [700, 0, 150, 552]
 
 def run(case, counters=None):
     out = torch.full_like(case.q, torch.nan)
+    case.workspace.config = dataclasses.replace(case.workspace.config, teams=())
     multipole_decode(
         case.q,
         case.k_cache,
