@@ -148,13 +148,13 @@ def stage_table(results: Results, budgets: tuple[int, ...] = (512, 1024)) -> str
     return markdown(head, body)
 
 
-def claim_table(results: Results) -> str:
+def claim_table(results: Results, segment_size: int) -> str:
     """The paper's measure: the sum of the kernels at 95 % and 90 % sparsity over dense decode."""
     head = ["128K x batch, budget", "dense Triton", "FlashInfer"]
     for name in CENTROIDS:
         head += [f"sum, {name}", "over Triton", "over FlashInfer"]
     body = []
-    wanted = {"context": 131072, "keys": "mixture", "num_kv_heads": 8, "segment_size": 4096}
+    wanted = {"context": 131072, "keys": "mixture", "num_kv_heads": 8, "segment_size": segment_size}
     for row in results.select(provider="multipole", centroids="int8", **wanted):
         if not budget_name(row).endswith("%"):
             continue
@@ -218,7 +218,8 @@ def main() -> None:
         print("{}, {} KV heads, segments of {}\n".format(*kind))
         print(ratio_table(results, *kind))
     print(stage_table(results))
-    print(claim_table(results))
+    for segment_size in (4096, 2048):
+        print(claim_table(results, segment_size))
     print(fp8_table(results))
     print(readme_table(results))
 
