@@ -32,6 +32,7 @@ OURS: dict[str, dict] = {
     "ours-lloyd-6": {"clustering": {"num_lloyd_iters": 6}},
     "ours-lloyd-10": {"clustering": {"num_lloyd_iters": 10}},
     "ours-far-seeds": {"clustering": {"far_rounds": 3}},
+    "ours-far-seeds-seed-1": {"clustering": {"far_rounds": 3, "seed": 1}},
     "ours-seed-1": {"clustering": {"seed": 1}},
     "ours-cap-64": {"clustering": {"max_cluster_size": 64}},
     "ours-cap-none": {"clustering": {"max_cluster_size": None}},

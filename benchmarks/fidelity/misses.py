@@ -77,6 +77,7 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.3)
     parser.add_argument("--layers", nargs="*", type=int, help="all if left out")
     parser.add_argument("--csv", type=Path, help="append a row per method and budget")
+    parser.add_argument("--commit", default="unknown", help="of this repository, for the rows")
     args = parser.parse_args()
 
     model = load_model(args.model)
@@ -113,8 +114,9 @@ def main() -> None:
             worst = sorted(counts, key=counts.get, reverse=True)[:5]
             print("  misses by layer:", {layer: counts[layer] for layer in worst})
             if args.csv:
-                row = {"model": Path(args.model).stem, "name": args.name, "tokens": args.tokens}
-                row |= {"decoded": args.decoded, "stride": args.stride, "share": args.share}
+                row = {"commit": args.commit, "model": Path(args.model).stem, "name": args.name}
+                row |= {"seed": text["seed"]}
+                row |= {k: getattr(args, k) for k in ("tokens", "decoded", "stride", "share")}
                 row |= {"layers": " ".join(map(str, layers)), "method": method.name}
                 row |= {"budget": budget, "strong": len(table), "missed": len(missed)}
                 row |= {"missed_by_layer": " ".join(map(str, by_layer))}
