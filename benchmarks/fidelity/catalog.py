@@ -15,7 +15,8 @@ from benchmarks.fidelity.methods.quest import Quest
 from benchmarks.fidelity.methods.two_level import TwoLevel
 from benchmarks.fidelity.methods.window import SinksAndWindow
 
-# what ships: the definition in reference.py
+# what ships: the definition in reference.py, with the segments of a RoPE base below 425,000;
+# from there on segments of 4096 ship, "ours-4096"
 DEFAULT = MultipoleChoices()
 
 # name -> choices that differ from the default; a dict under "clustering" changes the clustering
