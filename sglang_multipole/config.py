@@ -13,6 +13,7 @@ from sglang_multipole.segment_size import segment_size_for
 from sglang_multipole.suggestion import suggest
 
 BACKEND_NAME = "multipole"
+CLUSTERS_AT_ONCE = 16  # rows of a tensor core's product
 _DEFAULT_MAX_TOKEN_BUDGET = 4096  # tokens
 
 
@@ -193,6 +194,13 @@ class MultipoleConfig:
             raise ConfigError(
                 f"segment_size ({self.segment_size} tokens) must be a multiple of "
                 f"recluster_interval ({self.recluster_interval} tokens)"
+            )
+        if self.clusters_per_segment % CLUSTERS_AT_ONCE:
+            raise ConfigError(
+                f"segment_size ({self.segment_size} tokens) must be a multiple of "
+                f"{CLUSTERS_AT_ONCE} tokens_per_cluster "
+                f"({CLUSTERS_AT_ONCE * self.tokens_per_cluster} tokens): the kernels multiply "
+                f"{CLUSTERS_AT_ONCE} centroids at a time"
             )
         if self.recluster_interval % self.tokens_per_cluster:
             raise ConfigError(

@@ -48,6 +48,7 @@ def test_a_text_a_dict_and_a_file_give_the_same(tmp_path):
         ),
         ('{"segment_size": 64}', "segment_size must be 128 to 16384 tokens, or 0 .*, got 64"),
         ('{"segment_size": 1000}', r"segment_size \(1000 tokens\) must be a multiple"),
+        ('{"segment_size": 384}', r"must be a multiple of 16 tokens_per_cluster \(256 tokens\)"),
         ('{"tokens_per_cluster": 48}', r"must be a multiple of tokens_per_cluster \(48 tokens\)"),
         ('{"num_sink_tokens": 128}', r"must be less than recluster_interval \(128 tokens\)"),
         ('{"centroid_dtype": "int4"}', "must be one of int8, fp8_e4m3, auto"),
@@ -136,6 +137,8 @@ def test_the_rope_base_chooses_the_segment_size_unless_it_is_given(rope_base, se
 
 
 def test_a_chosen_segment_size_must_go_with_the_other_keys():
+    with pytest.raises(ConfigError, match="segment_size .2048 tokens. must be a multiple of 16"):
+        MultipoleConfig(tokens_per_cluster=256, recluster_interval=256).for_model(1e5)
     config = MultipoleConfig(recluster_interval=192)
     with pytest.raises(ConfigError, match="segment_size .2048 tokens. must be a multiple of recl"):
         config.for_model(1e5)

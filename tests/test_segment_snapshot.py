@@ -108,13 +108,13 @@ def test_a_row_without_room_for_its_items_is_exact(host):
 
 
 def test_segments_that_are_no_power_of_two_are_compared_whole():
-    config = MultipoleConfig.from_dict(SMALL.to_dict() | {"segment_size": 160})
+    config = MultipoleConfig.from_dict(SMALL.to_dict() | {"segment_size": 192})
     host = Host(config)
     host.add("a", 1, 700)
     host.step()
-    host.runtime.pool.invalidate_slots(host.req_to_token[1, 159:160].long())
+    host.runtime.pool.invalidate_slots(host.req_to_token[1, 191:192].long())
     snapshot = take(host, make_snapshot(host), [1], [701], [40])
-    assert snapshot.found_extent[0, :3].tolist() == [0, 160, 160]
+    assert snapshot.found_extent[0, :3].tolist() == [0, 192, 192]
 
 
 def test_more_rows_than_the_buffers_hold_are_refused(host):
