@@ -15,7 +15,6 @@ from multipole_kernels.decode_buffers import DecodeWorkspace
 from multipole_kernels.decode_plan import plan_chunks
 from multipole_kernels.exact_attention import exact_attention
 from multipole_kernels.launch_config import launch_config
-from multipole_kernels.multipole_decode import multipole_decode
 from tests.decode_case import (
     DecodeCase,
     attention_given_selection,
@@ -62,20 +61,6 @@ def share_workspace(
         group.workspace = workspace
 
 
-def run_step(case: DecodeCase, out: torch.Tensor) -> None:
-    multipole_decode(
-        case.q,
-        case.k_cache,
-        case.v_cache,
-        case.pool_layer,
-        case.plan,
-        case.workspace,
-        case.sm_scale,
-        case.max_logit_variance,
-        out,
-    )
-
-
 def stage_calls(groups: list[DecodeCase], out: torch.Tensor) -> dict[str, list[Callable]]:
     """The step as dispatched ("all") and in three launches ("three"), and each of these alone.
 
@@ -99,7 +84,7 @@ def stage_calls(groups: list[DecodeCase], out: torch.Tensor) -> dict[str, list[C
 
     selected = []
     for group in groups:
-        run_step(group, out)
+        group.decode(out=out)
         workspace = copy.copy(group.workspace)
         for name in _LISTS:
             setattr(workspace, name, getattr(workspace, name).clone())
@@ -109,7 +94,7 @@ def stage_calls(groups: list[DecodeCase], out: torch.Tensor) -> dict[str, list[C
         return [lambda case=case: function(case) for case in cases]
 
     return {
-        "all": calls(lambda case: run_step(case, out), groups),
+        "all": calls(lambda case: case.decode(out=out), groups),
         "three": calls(lambda case: (coarse(case), select(case), exact(case)), groups),
         "coarse": calls(coarse, groups),
         "select": calls(select, groups),

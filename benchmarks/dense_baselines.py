@@ -13,7 +13,6 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.decode_stages import run_step
 from benchmarks.timing import Quantiles, time_graph
 from tests.decode_case import DecodeCase
 
@@ -49,7 +48,7 @@ def selected_flashinfer(groups: list[DecodeCase], out: torch.Tensor) -> list[Cal
     heads = torch.arange(num_kv_heads, device="cuda")
     indptrs, indices = [], []
     for group in groups:
-        run_step(group, out)
+        group.decode(out=out)
         counts = workspace.num_selected_tokens[:num_rows]
         # [rows, H, capacity] pages of one head of one slot
         pages = workspace.selected_slots[:num_rows] * num_kv_heads + heads[:, None]

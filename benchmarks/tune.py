@@ -20,7 +20,7 @@ from benchmarks.decode_inputs import (
     with_centroids,
 )
 from benchmarks.decode_points import QWEN3_ROPE_BASE
-from benchmarks.decode_stages import relative_error, run_step, share_workspace, stage_calls
+from benchmarks.decode_stages import relative_error, share_workspace, stage_calls
 from benchmarks.timing import copy_bandwidth, read_bandwidth, time_graph
 
 CANDIDATES = {
@@ -54,10 +54,10 @@ def tune_shape(context: int, batch: int, budget: int, centroids: str, stages: li
     groups = groups_of_rows(case, batch, budget, geometry.least_bytes(context))
     case, out = groups[0], torch.full_like(groups[0].q, torch.nan)
     share_workspace(groups, budget)
-    run_step(case, out)
+    case.decode(out=out)
     error, different, selected = relative_error(case, out, batch - 1)
     first = out.clone()
-    run_step(case, out)
+    case.decode(out=out)
     print(
         f"\n{context} x {batch}, budget {budget}, {centroids}: error {error:.1e}, {different} of "
         f"{selected} clusters differ, same bits {bool((first == out).all())}, tokens "

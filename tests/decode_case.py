@@ -13,7 +13,9 @@ from multipole_kernels import reference
 from multipole_kernels.decode_buffers import DecodePlan, DecodeWorkspace, PoolLayer
 from multipole_kernels.decode_plan import plan_chunks
 from multipole_kernels.launch_config import LaunchConfig
+from multipole_kernels.multipole_decode import multipole_decode
 from tests.decode_keys import Mixture, Source
+from tests.tolerance import assert_error_within
 
 NUM_SINK_TOKENS = 10
 
@@ -40,6 +42,23 @@ class DecodeCase:
     budgets: list[int]
     sm_scale: float
     max_logit_variance: float
+
+    def decode(
+        self, counters: torch.Tensor | None = None, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """One step of multipole_decode; out is made, and poisoned, if not given."""
+        return multipole_decode(
+            self.q,
+            self.k_cache,
+            self.v_cache,
+            self.pool_layer,
+            self.plan,
+            self.workspace,
+            self.sm_scale,
+            self.max_logit_variance,
+            torch.full_like(self.q, torch.nan) if out is None else out,
+            counters,
+        )
 
 
 def make_case(
@@ -300,3 +319,18 @@ def attention_given_selection(case: DecodeCase, nth: int, selected: torch.Tensor
         torch.stack([exact_out, tail_out], -2), torch.stack([exact_lse, tail_lse], -1)
     )
     return out.flatten(0, 1)
+
+
+def assert_matches_reference(case: DecodeCase, out: torch.Tensor) -> None:
+    """Every row selects what the reference does and is within tolerance; padding is 0."""
+    for nth, row in enumerate(case.rows):
+        if not row.slots.numel():
+            assert (out[nth] == 0).all()
+            continue
+        truth, _, selected = reference.multipole_attention(
+            **reference_inputs(case, nth, torch.float32)
+        )
+        baseline, _, _ = reference.multipole_attention(**reference_inputs(case, nth, case.q.dtype))
+        torch.testing.assert_close(selected_flags(case, nth), selected, rtol=0, atol=0)
+        assert_error_within(f"row {nth}", out[nth], truth, baseline)
+    assert (out[len(case.rows) :] == 0).all()

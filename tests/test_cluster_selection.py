@@ -12,7 +12,6 @@ from multipole_kernels import reference
 from multipole_kernels.cluster_selection import cluster_selection
 from multipole_kernels.decode_buffers import DecodePlan, DecodeWorkspace, PoolLayer
 from multipole_kernels.launch_config import LaunchConfig, launch_config
-from multipole_kernels.multipole_decode import multipole_decode
 from tests.decode_case import make_case, reference_inputs, selected_flags
 
 SMALL = LaunchConfig(num_sms=4, coarse_block_tokens=32, exact_block_tokens=32)
@@ -25,18 +24,7 @@ CONFIGS = [
 
 
 def select(case):
-    out = torch.empty_like(case.q)
-    multipole_decode(
-        case.q,
-        case.k_cache,
-        case.v_cache,
-        case.pool_layer,
-        case.plan,
-        case.workspace,
-        case.sm_scale,
-        case.max_logit_variance,
-        out,
-    )
+    case.decode()
     return selected_flags(case, 0)
 
 

@@ -14,7 +14,6 @@ from triton.runtime import JITFunction
 from multipole_kernels.cluster_selection import selection_constants
 from multipole_kernels.cuda_kernel import compile_cubin
 from multipole_kernels.launch_config import LaunchConfig, Team
-from multipole_kernels.multipole_decode import multipole_decode
 from multipole_kernels.segment_snapshot import PoolIndex, SegmentSnapshot
 from multipole_kernels.team_decode import team_constants
 from tests.clustering_case import make_clustering_case
@@ -105,18 +104,7 @@ def test_decode_compiles(launches, sm, head_dim, gqa_group_size, centroid_dtype,
         config=config,
         device="cpu",
     )
-    multipole_decode(
-        case.q,
-        case.k_cache,
-        case.v_cache,
-        case.pool_layer,
-        case.plan,
-        case.workspace,
-        case.sm_scale,
-        case.max_logit_variance,
-        torch.empty_like(case.q),
-        counters=torch.zeros(1, 4, dtype=torch.int64),
-    )
+    case.decode(counters=torch.zeros(1, 4, dtype=torch.int64))
     assert len(launches) == 3  # the plan, and two a layer beside the selection
     for kernel, arguments in launches:
         binary = compile_launch(kernel, arguments, sm)

@@ -12,8 +12,12 @@ import torch
 
 from multipole_kernels import reference
 from multipole_kernels.decode_plan import plan_chunks
-from multipole_kernels.multipole_decode import multipole_decode
-from tests.decode_case import make_case, reference_inputs, selected_flags
+from tests.decode_case import (
+    assert_matches_reference,
+    make_case,
+    reference_inputs,
+    selected_flags,
+)
 from tests.tolerance import assert_error_within
 
 pytestmark = pytest.mark.kernel
@@ -23,36 +27,8 @@ RAGGED = [700, 0, 150, 552]
 
 
 def run(case, counters=None):
-    out = torch.full_like(case.q, torch.nan)
     case.workspace.config = dataclasses.replace(case.workspace.config, teams=())
-    multipole_decode(
-        case.q,
-        case.k_cache,
-        case.v_cache,
-        case.pool_layer,
-        case.plan,
-        case.workspace,
-        case.sm_scale,
-        case.max_logit_variance,
-        out,
-        counters,
-    )
-    return out
-
-
-def assert_matches_reference(case, out):
-    for nth, row in enumerate(case.rows):
-        if len(row.slots) == 0:
-            assert (out[nth] == 0).all()
-            continue
-        truth, _, selected = reference.multipole_attention(
-            **reference_inputs(case, nth, torch.float32)
-        )
-        baseline, _, _ = reference.multipole_attention(**reference_inputs(case, nth, case.q.dtype))
-        torch.testing.assert_close(selected_flags(case, nth), selected, rtol=0, atol=0)
-        assert_error_within(f"row {nth}", out[nth], truth, baseline)
-    padding = out[len(case.rows) :]
-    assert (padding == 0).all()
+    return case.decode(counters)
 
 
 @pytest.mark.parametrize(

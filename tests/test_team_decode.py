@@ -10,8 +10,8 @@ import torch
 from multipole_kernels import reference
 from multipole_kernels.decode_buffers import DecodeWorkspace
 from multipole_kernels.launch_config import LaunchConfig, Team, launch_config
-from multipole_kernels.multipole_decode import multipole_decode
 from tests.decode_case import (
+    assert_matches_reference,
     attention_given_selection,
     make_case,
     reference_inputs,
@@ -47,37 +47,6 @@ def config():
     return with_team
 
 
-def run(case, counters=None):
-    out = torch.full_like(case.q, torch.nan)
-    multipole_decode(
-        case.q,
-        case.k_cache,
-        case.v_cache,
-        case.pool_layer,
-        case.plan,
-        case.workspace,
-        case.sm_scale,
-        case.max_logit_variance,
-        out,
-        counters,
-    )
-    return out
-
-
-def assert_matches_reference(case, out):
-    for nth, row in enumerate(case.rows):
-        if not row.slots.numel():
-            assert (out[nth] == 0).all()
-            continue
-        truth, _, selected = reference.multipole_attention(
-            **reference_inputs(case, nth, torch.float32)
-        )
-        baseline, _, _ = reference.multipole_attention(**reference_inputs(case, nth, case.q.dtype))
-        torch.testing.assert_close(selected_flags(case, nth), selected, rtol=0, atol=0)
-        assert_error_within(f"row {nth}", out[nth], truth, baseline)
-    assert (out[len(case.rows) :] == 0).all()
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("blocks", [2, 4, 8, 16])
 @pytest.mark.parametrize(
@@ -97,9 +66,9 @@ def test_matches_reference_over_a_ragged_batch(config, blocks, dtype, centroid_d
         padding_rows=2,
         config=config(blocks),
     )
-    out = run(case)
+    out = case.decode()
     assert_matches_reference(case, out)
-    assert torch.equal(run(case), out)
+    assert torch.equal(case.decode(), out)
 
 
 @pytest.mark.gpu
@@ -124,14 +93,14 @@ def test_matches_reference_over_geometries(
         centroid_dtype=centroid_dtype,
         config=config(8),
     )
-    assert_matches_reference(case, run(case))
+    assert_matches_reference(case, case.decode())
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("budget", [0, 1, 40, 300, 5000])
 def test_takes_the_same_clusters_as_the_reference(config, budget):
     case = make_case([1290], [budget], num_kv_heads=1, config=config(4), seed=budget)
-    assert_matches_reference(case, run(case))
+    assert_matches_reference(case, case.decode())
 
 
 @pytest.mark.gpu
@@ -143,7 +112,7 @@ def test_a_tie_takes_the_lower_index(config, length, budget):
     case = make_case([length], [budget], num_kv_heads=1, config=config(8))
     pool = case.pool_layer
     pool.key_centroids[:] = pool.key_centroids[case.rows[0].places[0], 0, 0]
-    run(case)
+    case.decode()
     sizes = pool.cluster_sizes[case.rows[0].places].transpose(0, 1).flatten().int()
     taken = (sizes.cumsum(0) <= budget) & (sizes > 0)
     taken[(sizes > 0).nonzero()[0]] = True
@@ -172,13 +141,13 @@ def test_matches_reference_at_real_sizes(config, blocks, centroid_dtype):
         config=config(blocks),
         **REAL,
     )
-    assert_near_reference(case, run(case))
+    assert_near_reference(case, case.decode())
 
 
 @pytest.mark.gpu
 def test_slots_of_more_tokens_than_blocks_are_told_of(config):
     case = make_case([20000], [12000], config=config(2), **REAL)
-    assert_near_reference(case, run(case))
+    assert_near_reference(case, case.decode())
     assert (case.workspace.num_selected_tokens > 2 * 2048).all()
 
 
@@ -197,7 +166,7 @@ def test_a_row_too_long_for_shared_memory(config, centroid_dtype, monkeypatch):
         **REAL,
     )
     assert case.workspace.team_long_scores.numel()
-    assert_near_reference(case, run(case))
+    assert_near_reference(case, case.decode())
 
 
 @pytest.mark.gpu
@@ -208,8 +177,8 @@ def test_counters_and_lists_are_those_of_three_launches(config):
     )
     counters = [torch.zeros(5, 4, dtype=torch.int64, device="cuda") for _ in range(2)]
     for _ in range(2):
-        run(team, counters[0])
-        run(three, counters[1])
+        team.decode(counters[0])
+        three.decode(counters[1])
     assert torch.equal(*counters)
     for name in ("num_selected_tokens", "num_selected_clusters", "num_clustered_tokens"):
         assert torch.equal(getattr(team.workspace, name), getattr(three.workspace, name))
