@@ -1,9 +1,9 @@
-"""Cluster segments on a GPU: five launches a chunk of units, the results stored in the pool.
+"""Cluster segments on a GPU: six launches a chunk of units, the results stored in the pool.
 
-write_features   keys out of the KV pool, rotation undone, float16
-kmeans           cluster ids
-sort_members     size cap, sizes, members
-summarize        centroids, scales, variances, pair weights
+write_features   two: keys out of the KV pool, rotation undone, float16
+kmeans           one: cluster ids
+sort_members     one: size cap, sizes, members
+summarize        two: centroids, scales, variances; pair weights
 """
 
 from __future__ import annotations
