@@ -121,7 +121,7 @@ __device__ void rank_clusters(const RowHead<RESIDENT>& row, Shared& shared, int 
   for (int nth = 0; nth < VECTORS_AT_ONCE; ++nth)
     if (thread + nth * THREADS < row.num_vectors)
       vectors[nth].load_tables(row, thread + nth * THREADS);
-  wait_for_coarse();
+  wait_for_predecessor();
   // in flight while lse is computed
 #pragma unroll
   for (int nth = 0; nth < VECTORS_AT_ONCE; ++nth)

@@ -50,7 +50,7 @@ __device__ void merge_parts(const Arguments& a, Shared& shared, int row_head) {
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   const int row = row_head / NUM_KV_HEADS, kv_head = row_head % NUM_KV_HEADS;
   const int begin = a.chunk_indptr[row], end = a.chunk_indptr[row + 1];
-  wait_for_coarse();
+  wait_for_predecessor();
 
   for (int group = warp; group < GROUP; group += WARPS) {
     float merged_max, merged_sum;

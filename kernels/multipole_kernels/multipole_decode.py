@@ -59,34 +59,13 @@ def multipole_decode(
     _check(q, k_cache, v_cache, pool_layer, workspace, out, counters)
     if q.shape[0] == 0:
         return out
+    step = (q, k_cache, v_cache, pool_layer, plan, workspace, sm_scale, max_logit_variance)
     if workspace.team(q.shape[0]) is not None:
-        team_decode(
-            q,
-            k_cache,
-            v_cache,
-            pool_layer,
-            plan,
-            workspace,
-            sm_scale,
-            max_logit_variance,
-            out,
-            counters,
-        )
+        team_decode(*step, out, counters)
         return out
-    coarse_attention(q, k_cache, v_cache, pool_layer, plan, workspace, sm_scale, max_logit_variance)
+    coarse_attention(*step)
     cluster_selection(q.shape[0], pool_layer, plan, workspace)
-    exact_attention(
-        q,
-        k_cache,
-        v_cache,
-        pool_layer,
-        plan,
-        workspace,
-        sm_scale,
-        max_logit_variance,
-        out,
-        counters,
-    )
+    exact_attention(*step, out, counters)
     return out
 
 

@@ -1,24 +1,18 @@
-// What the parts of cluster_selection.cu share: constants, buffers, small device functions.
+// What the parts of cluster_selection.cu share: constants and buffers.
 //
 // Given by the launcher: NUM_KV_HEADS, GROUP, HEAD_DIM, CLUSTERS, TILE_CLUSTERS, SEGMENT_SIZE,
 // THREADS. A segment's CLUSTERS are weighed in tiles of TILE_CLUSTERS.
 
 #pragma once
 
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
+#include "warp_common.cuh"
 
-constexpr u32 FULL_WARP = 0xffffffffu;
 constexpr int WARPS = THREADS / 32;
 constexpr int VECTOR = 4;  // clusters a thread looks at together
 constexpr int SEGMENT_VECTORS = CLUSTERS / VECTOR;
 constexpr int TILE_VECTORS = TILE_CLUSTERS / VECTOR;
 constexpr int TILES = CLUSTERS / TILE_CLUSTERS;  // of a segment
 constexpr int VECTORS_AT_ONCE = GROUP <= 4 ? 2 : 1;
-// a rank is at most GROUP, which is at most 16; ranks above 32 (of NaN) count as 32
-constexpr u32 RANK_BITS_TOP = 0x42000000u;
-constexpr u32 EMPTY = 0xffffffffu;  // distance of a cluster without tokens
 // the first bins are 2^-7 of an octave wide and reach 32 octaves down
 constexpr int BIN_BITS = 12;
 constexpr int BINS = 1 << BIN_BITS;
@@ -91,39 +85,8 @@ struct Arguments {
   int budget_capacity;
 };
 
-__device__ __forceinline__ void wait_for_coarse() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ float minus_infinity() { return __int_as_float(0xff800000); }
-
-__device__ __forceinline__ float power_of_2(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 __device__ __forceinline__ float float_of_half(u32 bits) {
   float y;
   asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"((u16)bits));
   return y;
-}
-
-// the shift of an exponent: 0 for -inf, because -inf - (-inf) is NaN
-__device__ __forceinline__ float finite_or_zero(float x) {
-  return x == minus_infinity() ? 0.0f : x;
-}
-
-__device__ __forceinline__ u32 warp_sum(u32 x) { return __reduce_add_sync(FULL_WARP, x); }
-
-__device__ __forceinline__ u32 inclusive_warp_sum(u32 x, int lane) {
-#pragma unroll
-  for (int distance = 1; distance < 32; distance *= 2) {
-    u32 lower = __shfl_up_sync(FULL_WARP, x, distance);
-    x += lane >= distance ? lower : 0;
-  }
-  return x;
 }

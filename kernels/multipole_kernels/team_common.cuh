@@ -8,12 +8,8 @@
 
 #pragma once
 
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
+#include "warp_common.cuh"
 
-constexpr u32 FULL_WARP = 0xffffffffu;
 constexpr int WARPS = THREADS / 32;
 constexpr int UNIT = 16;  // clusters or tokens that are the rows of one product
 constexpr int HEAD_TILES = (GROUP + 7) / 8;        // columns of a product are 8 query heads
@@ -27,9 +23,6 @@ constexpr float VALUE_FACTOR = 1024.0f;
 // what float8 bits moved to float16's places are short of
 constexpr float UNPACK_SCALE = CENTROIDS == 2 ? 256.0f : 1.0f;
 
-// ranks: a distance from 32.0, so that smaller is better; (distance, cluster) is an order number
-constexpr u32 RANK_BITS_TOP = 0x42000000u;
-constexpr u32 EMPTY = 0xffffffffu;  // distance of a cluster without tokens
 constexpr int BIN_BITS = 8;
 constexpr int BINS = 1 << BIN_BITS;
 constexpr int FIRST_SHIFT = 32 + 20;  // the first bins are an eighth of an octave wide
@@ -196,21 +189,6 @@ struct OfHeads {
   }
 };
 
-__device__ __forceinline__ float minus_infinity() { return __int_as_float(0xff800000); }
-
-__device__ __forceinline__ float power_of_2(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-// the shift of an exponent: 0 for -inf, because -inf - (-inf) is NaN
-__device__ __forceinline__ float finite_or_zero(float x) {
-  return x == minus_infinity() ? 0.0f : x;
-}
-
-__device__ __forceinline__ u32 warp_sum(u32 x) { return __reduce_add_sync(FULL_WARP, x); }
-
 __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
   for (int distance = 16; distance > 0; distance /= 2)
@@ -224,15 +202,6 @@ __device__ __forceinline__ float warp_max(float x) {
   const u32 ordered = bits ^ ((u32)((int)bits >> 31) | 0x80000000u);
   const u32 max = __reduce_max_sync(FULL_WARP, ordered);
   return __uint_as_float(max ^ (max >> 31 ? 0x80000000u : 0xffffffffu));
-}
-
-__device__ __forceinline__ u32 inclusive_warp_sum(u32 x, int lane) {
-#pragma unroll
-  for (int distance = 1; distance < 32; distance *= 2) {
-    const u32 lower = __shfl_up_sync(FULL_WARP, x, distance);
-    x += lane >= distance ? lower : 0;
-  }
-  return x;
 }
 
 __device__ __forceinline__ MaxAndSum merged(MaxAndSum a, MaxAndSum b) {
@@ -265,11 +234,6 @@ __device__ __forceinline__ u32 pack_halves(float low, float high) {
   u32 packed;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
   return packed;
-}
-
-__device__ __forceinline__ void wait_for_predecessor() {
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
 
 // Bring a row of global memory into L2.
