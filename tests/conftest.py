@@ -18,6 +18,11 @@ cpu_host.prepare()
 # machine is busy
 torch.set_num_threads(1)
 
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from tests import interpreted_rounding
+
+    interpreted_rounding.install()
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what cannot run here, with the reason."""
