@@ -74,6 +74,20 @@ def assert_summary_matches(case: ClusteringCase, layer: int, order) -> None:
         assert ((actual - mean).abs() <= largest_step).all()
 
 
+def assert_same_payload(one: ClusteringCase, another: ClusteringCase, order) -> None:
+    """All that is read of an order's place is the same bits."""
+    row, segment, extent, place = order
+    num_tokens = len(one.tokens(row, segment, extent)[0])
+    for name, tensor in vars(one.pool).items():
+        own, other = tensor[:, place], vars(another.pool)[name][:, place]
+        if name == "members":
+            own, other = own[..., :num_tokens], other[..., :num_tokens]
+        elif name != "pair_weight":
+            clusters = num_clusters(one, num_tokens)
+            own, other = own[:, :, :clusters], other[:, :, :clusters]
+        assert torch.equal(own, other), name
+
+
 @pytest.mark.kernel
 @pytest.mark.parametrize(
     "shape",
@@ -154,16 +168,24 @@ def test_a_segment_is_the_same_bits_in_whatever_company():
     together.clustering.cluster(ORDERS)
     for order in reversed(ORDERS):
         alone.clustering.cluster([order])
-    for row, segment, extent, place in ORDERS:
-        num_tokens = len(together.tokens(row, segment, extent)[0])
-        for name, tensor in vars(together.pool).items():
-            own, other = tensor[:, place], vars(alone.pool)[name][:, place]
-            if name == "members":
-                own, other = own[..., :num_tokens], other[..., :num_tokens]
-            elif name != "pair_weight":
-                clusters = num_clusters(together, num_tokens)
-                own, other = own[:, :, :clusters], other[:, :, :clusters]
-            assert torch.equal(own, other), name
+    for order in ORDERS:
+        assert_same_payload(together, alone, order)
+
+
+@pytest.mark.kernel
+def test_a_segment_is_the_same_bits_in_slices():
+    """A slice finds in memory what the one before has left, and nothing else."""
+    at_once = make_clustering_case(centroid_dtype=torch.int8, num_kv_heads=1)
+    sliced = make_clustering_case(centroid_dtype=torch.int8, num_kv_heads=1)
+    at_once.clustering.cluster(ORDERS)
+    running = [sliced.clustering.slices(order) for order in ORDERS]
+    # by turns, so that each finds the others' slices between its own
+    for _ in range(sliced.clustering.num_slices()):
+        for slices in running:
+            next(slices)
+    assert all(next(slices, "ended") == "ended" for slices in running)
+    for order in ORDERS:
+        assert_same_payload(at_once, sliced, order)
 
 
 @pytest.mark.kernel

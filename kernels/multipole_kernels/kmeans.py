@@ -14,7 +14,12 @@ import triton
 import triton.language as tl
 
 from multipole_kernels import reference
-from multipole_kernels.clustering_batch import BLOCK_TOKENS, ClusteringBatch, load_order
+from multipole_kernels.clustering_batch import (
+    BLOCK_TOKENS,
+    ClusteringBatch,
+    ClusteringGeometry,
+    load_order,
+)
 
 _HASH_0 = tl.constexpr(0x9E3779B9)
 _HASH_1 = tl.constexpr(reference._HASH_1)
@@ -85,7 +90,7 @@ def _store_means(centroid_ptrs, sums, counts):
     tl.store(centroid_ptrs, centroids)
 
 
-@triton.jit(do_not_specialize=["num_layers", "num_iters"])
+@triton.jit(do_not_specialize=["num_layers", "num_iters", "first_pass", "end_pass"])
 def _kmeans_kernel(
     orders_ptr,
     features_ptr,  # [U, PADDED_TOKENS, BLOCK_DIM] fp16
@@ -93,6 +98,8 @@ def _kmeans_kernel(
     cluster_ids_ptr,  # [U, PADDED_TOKENS] int16
     num_layers,
     num_iters,
+    first_pass,
+    end_pass,
     NUM_KV_HEADS: tl.constexpr,
     NUM_SINKS: tl.constexpr,
     TOKENS_PER_CLUSTER: tl.constexpr,
@@ -103,11 +110,13 @@ def _kmeans_kernel(
     BLOCK_DIM: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
-    """One program takes one unit.
+    """One program takes one unit, passes [first_pass, end_pass) of the iterations and the ids.
 
-    If the sums of all clusters fit the registers beside the scores, an iteration is one pass over
-    the features; else ids are stored, and the sums of SUM_CLUSTERS clusters at a time are a pass
-    each.
+    What goes from pass to pass is in memory, so that a launch may do some of them.
+
+    If the sums of all clusters fit the registers beside the scores, an iteration goes once over
+    the features; else ids are stored, and the sums of SUM_CLUSTERS clusters at a time go over them
+    again each.
     """
     unit = tl.program_id(0).to(tl.int64)
     _, segment, _, _, num_tokens, num_clusters = load_order(
@@ -122,16 +131,17 @@ def _kmeans_kernel(
     centroids_ptr += unit * BLOCK_CLUSTERS * BLOCK_DIM
     # [BLOCK_CLUSTERS, BLOCK_DIM]
     centroid_ptrs = centroids_ptr + offs_cluster[:, None] * BLOCK_DIM + offs_dim[None, :]
-    seeds = seed_positions(num_tokens, num_clusters, segment, BLOCK_CLUSTERS)
-    centroids = tl.load(
-        features_ptr + seeds[:, None] * BLOCK_DIM + offs_dim[None, :],
-        mask=is_cluster[:, None],
-        other=0.0,
-    )
-    tl.store(centroid_ptrs, centroids)
+    if first_pass == 0:
+        seeds = seed_positions(num_tokens, num_clusters, segment, BLOCK_CLUSTERS)
+        centroids = tl.load(
+            features_ptr + seeds[:, None] * BLOCK_DIM + offs_dim[None, :],
+            mask=is_cluster[:, None],
+            other=0.0,
+        )
+        tl.store(centroid_ptrs, centroids)
     # [BLOCK_TOKENS, BLOCK_DIM]
     feature_ptrs = features_ptr + offs_token[:, None] * BLOCK_DIM + offs_dim[None, :]
-    for _ in range(num_iters):
+    for _ in range(first_pass, tl.minimum(end_pass, num_iters)):
         # what other threads stored
         tl.debug_barrier()
         centroids = tl.load(centroid_ptrs)
@@ -178,22 +188,32 @@ def _kmeans_kernel(
                     counts += tl.histogram(ids, SUM_CLUSTERS, mask=is_one_of_these)
                 sum_ptrs = centroids_ptr + (first + offs_sum[:, None]) * BLOCK_DIM
                 _store_means(sum_ptrs + offs_dim[None, :], sums, counts)
-    tl.debug_barrier()
-    centroids = tl.load(centroid_ptrs)
-    _assign(
-        features_ptr,
-        cluster_ids_ptr,
-        centroids,
-        half_square(centroids, is_cluster),
-        num_tokens,
-        BLOCK_TOKENS,
-        BLOCK_DIM,
-        NUM_STAGES,
-    )
+    if end_pass > num_iters:
+        tl.debug_barrier()
+        centroids = tl.load(centroid_ptrs)
+        _assign(
+            features_ptr,
+            cluster_ids_ptr,
+            centroids,
+            half_square(centroids, is_cluster),
+            num_tokens,
+            BLOCK_TOKENS,
+            BLOCK_DIM,
+            NUM_STAGES,
+        )
 
 
-def kmeans(batch: ClusteringBatch) -> None:
-    """Fill batch.centroids [U, K, D] and batch.cluster_ids [U, T] from batch.features."""
+def num_passes(geometry: ClusteringGeometry) -> int:
+    """Into so many launches k-means can be divided: its iterations, and the ids."""
+    return geometry.num_lloyd_iters + 1
+
+
+def kmeans(batch: ClusteringBatch, passes: range | None = None) -> None:
+    """Fill batch.centroids [U, K, D] and batch.cluster_ids [U, T] from batch.features.
+
+    passes: some of range(num_passes), in order of launch; by default all in one.
+    """
+    passes = passes or range(num_passes(batch.geometry))
     geometry, clusters = batch.geometry, batch.block_clusters
     sum_clusters = min(clusters, _MAX_SUMS // geometry.block_dim)
     has_small_tiles = geometry.block_dim > 128 or sum_clusters < clusters
@@ -202,6 +222,8 @@ def kmeans(batch: ClusteringBatch) -> None:
         centroids_ptr=batch.centroids,
         cluster_ids_ptr=batch.cluster_ids,
         num_iters=geometry.num_lloyd_iters,
+        first_pass=passes.start,
+        end_pass=passes.stop,
         PADDED_TOKENS=batch.padded_tokens,
         BLOCK_TOKENS=BLOCK_TOKENS // 2 if has_small_tiles else BLOCK_TOKENS,
         BLOCK_CLUSTERS=clusters,

@@ -9,8 +9,9 @@ summarize        two: centroids, scales, variances; pair weights
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -22,7 +23,8 @@ from multipole_kernels.clustering_batch import (
     PoolPayload,
     make_orders,
 )
-from multipole_kernels.kmeans import kmeans
+from multipole_kernels.kmeans import kmeans, num_passes
+from multipole_kernels.launch_config import launch_config
 from multipole_kernels.segment_features import write_features
 
 # most scratch of a chunk of units, in bytes
@@ -63,6 +65,46 @@ class SegmentClustering:
             for some, layers in self.chunks(len(alike), block):
                 self._cluster_chunk(table[some], layers, block)
 
+    def slices(self, order: tuple[int, int, int, int]) -> Iterator[None]:
+        """Write the payload of one order in num_slices parts, one with each `next`.
+
+        The same bits as `cluster` writes. Between two parts the scratch of some layers is held.
+        """
+        _, segment, extent, _ = order
+        block = self.geometry.block_clusters(extent, segment)
+        table = make_orders([order], self.req_to_token.device)
+        for layers in self._slice_layers():
+            for launch in self._slices_of_layers(self._batch(table, layers, block)):
+                launch()
+                yield
+
+    def num_slices(self) -> int:
+        """Parts of an order's clustering, of about as much time each where orders are alike."""
+        slices_of_layers = num_passes(self.geometry) + 3
+        return len(self._slice_layers()) * slices_of_layers
+
+    def _slice_layers(self) -> list[range]:
+        """All layers, in as few parts as let each unit have a multiprocessor, and alike."""
+        num_layers, num_heads = len(self.layer_table), self.geometry.num_kv_heads
+        num_sms = launch_config(self.req_to_token.device).num_sms
+        parts = -(-num_layers // max(num_sms // num_heads, 1))
+        bounds = [num_layers * nth // parts for nth in range(parts + 1)]
+        return [range(*pair) for pair in itertools.pairwise(bounds)]
+
+    def _slices_of_layers(self, batch: ClusteringBatch) -> list[Callable[[], None]]:
+        passes = range(num_passes(self.geometry))
+        return [
+            functools.partial(write_features, batch),
+            *(functools.partial(kmeans, batch, passes[nth : nth + 1]) for nth in passes),
+            functools.partial(sort_members, batch, self.pool),
+            functools.partial(summarize, batch, self.pool),
+        ]
+
+    def _batch(self, orders: torch.Tensor, layers: range, block_clusters: int) -> ClusteringBatch:
+        return ClusteringBatch(
+            self.geometry, orders, self.layer_table, self.req_to_token, layers, block_clusters
+        )
+
     def warm_up(self) -> None:
         """Compile what any order can need, so that no request waits for it; writes to place 0."""
         geometry = self.geometry
@@ -75,9 +117,7 @@ class SegmentClustering:
                 self._cluster_chunk(order, range(1), block_clusters)
 
     def _cluster_chunk(self, orders: torch.Tensor, layers: range, block_clusters: int) -> None:
-        batch = ClusteringBatch(
-            self.geometry, orders, self.layer_table, self.req_to_token, layers, block_clusters
-        )
+        batch = self._batch(orders, layers, block_clusters)
         write_features(batch)
         kmeans(batch)
         sort_members(batch, self.pool)
