@@ -296,18 +296,22 @@ def selected_flags(case: DecodeCase, nth: int) -> torch.Tensor:
     return flags.to(case.q.device)
 
 
-def attention_given_selection(case: DecodeCase, nth: int, selected: torch.Tensor) -> torch.Tensor:
-    """[H * G, D] float32 reference output of a row whose selection [H, K] is given.
+def attention_given_selection(
+    case: DecodeCase, nth: int, selected: torch.Tensor, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """[H * G, D] reference output, in dtype, of a row whose selection [H, K] is given.
 
     Two clusters that rank alike to rounding may be taken either way; this separates the question
     of what was selected from that of how it was attended to.
     """
-    given = reference_inputs(case, nth, torch.float32)
+    given = reference_inputs(case, nth, dtype)
     num_kv_heads, head_dim = given["keys"].shape[1:]
     q = given["q"].view(num_kv_heads, -1, head_dim)
     keys, values = given["keys"].transpose(0, 1), given["values"].transpose(0, 1)
     ids, sizes = given["cluster_ids"], given["cluster_sizes"]
-    exactly = (ids < 0) | selected.gather(-1, ids.clamp(min=0))
+    # a token in no cluster, -1, looks at the last column
+    of_token = torch.nn.functional.pad(selected, (0, 1), value=True)
+    exactly = of_token.gather(-1, ids.where(ids >= 0, selected.shape[-1]))
     exact_out, exact_lse = reference.exact_attention(q, keys, values, exactly, case.sm_scale)
     scores = reference.centroid_lookup(q, given["key_centroids"], case.sm_scale)
     variance = reference.logit_variance(

@@ -8,7 +8,9 @@ import torch
 from sglang_multipole.config import MultipoleConfig
 from tests.test_cluster_pool import SMALL, Host
 
-pytestmark = pytest.mark.interpreted
+pytestmark = pytest.mark.kernel
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def make_snapshot(host: Host, max_items: int = 64, max_rows: int = 6):
@@ -16,15 +18,15 @@ def make_snapshot(host: Host, max_items: int = 64, max_rows: int = 6):
 
     pool = host.runtime.pool
     index = PoolIndex(
-        pool.segment_slots,
-        pool.segment_slot_generation,
-        pool.segment_extent,
-        pool.last_used,
-        pool.segment_of_slot,
-        pool.slot_generation,
-        pool.open_place,
+        pool.segment_slots.to(DEVICE),
+        pool.segment_slot_generation.to(DEVICE),
+        pool.segment_extent.to(DEVICE),
+        pool.last_used.to(DEVICE),
+        pool.segment_of_slot.to(DEVICE),
+        pool.slot_generation.to(DEVICE),
+        pool.open_place.to(DEVICE),
     )
-    snapshot = SegmentSnapshot(max_rows, 9, max_items, 6000, torch.device("cpu"))
+    snapshot = SegmentSnapshot(max_rows, 9, max_items, 6000, torch.device(DEVICE))
     for tensor in (*vars(snapshot.plan).values(), snapshot.found_extent, snapshot.found_place):
         tensor.fill_(-7)
     return index, snapshot
@@ -36,9 +38,9 @@ def take(host: Host, snapshot_and_index, rows, seq_lens, budgets, step=99):
     snapshot.plan.token_budget[: len(budgets)] = torch.tensor(budgets, dtype=torch.int32)
     snapshot.take(
         index,
-        host.req_to_token,
-        torch.tensor(rows),
-        torch.tensor(seq_lens),
+        host.req_to_token.to(DEVICE),
+        torch.tensor(rows, device=DEVICE),
+        torch.tensor(seq_lens, device=DEVICE),
         step,
         min_context=config.min_context,
         recluster_interval=config.recluster_interval,
@@ -73,14 +75,15 @@ def test_matches_pytorch_on_a_ragged_batch(host):
     rows = [row for row, _ in host.rows.values()]
     lengths = [length for _, length in host.rows.values()]
     budgets = [40, 40, 40, 10000]
-    snapshot = take(host, make_snapshot(host), rows, lengths, budgets)
-    before = host.runtime.pool.last_used.clone()
+    index, snapshot = make_snapshot(host)
+    take(host, (index, snapshot), rows, lengths, budgets)
+    last_used = index.last_used.tolist()
     host.path.begin(torch.tensor(rows), torch.tensor(lengths), budgets, 99)
     assert_same_plan(snapshot.plan, host.path.plan, len(rows))
     found = host.path.results(len(rows)).read()[0]
     width = len(found[0])
     assert snapshot.found_extent[: len(rows), :width].tolist() == found.tolist()
-    assert before.tolist() == host.runtime.pool.last_used.tolist()
+    assert last_used == host.runtime.pool.last_used.tolist()
 
 
 def test_a_slot_handed_out_again_is_exact(host):
