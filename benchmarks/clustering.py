@@ -28,6 +28,7 @@ import triton
 
 from benchmarks.csv_file import write_rows
 from benchmarks.timing import Quantiles, read_bandwidth, time_graph
+from benchmarks.versions import commit_of_rows
 from multipole_kernels import reference
 from multipole_kernels.cluster_members import sort_members
 from multipole_kernels.cluster_summary import summarize
@@ -268,12 +269,12 @@ def bench_orders(bench: Bench, kind: str, orders: list[Order]) -> list[dict[str,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--csv", type=Path, default=Path("clustering.csv"))
-    parser.add_argument("--commit", default="unknown")
+    parser.add_argument("--commit", default="", help="where there is no git repository")
     parser.add_argument("--segment-sizes", default="2048,4096")
     options = parser.parse_args()
     # no SGLang: it has no part in it, and need not be there
     environment = {
-        "commit": options.commit,
+        "commit": commit_of_rows(options.commit),
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,

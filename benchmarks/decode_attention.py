@@ -47,6 +47,7 @@ from benchmarks.decode_stages import relative_error, selected_sizes, share_works
 from benchmarks.dense_baselines import flashinfer_version, time_dense, time_selected
 from benchmarks.step_work import time_snapshot
 from benchmarks.timing import Quantiles, copy_bandwidth, read_bandwidth, time_graph
+from benchmarks.versions import commit_of_rows
 from multipole_kernels.decode_plan import plan_chunks
 from tests.decode_case import DecodeCase
 
@@ -192,7 +193,7 @@ def driver_version() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--csv", default="decode_attention.csv")
-    parser.add_argument("--commit", default="unknown")
+    parser.add_argument("--commit", default="", help="where there is no git repository")
     parser.add_argument("--points", default="targets,short-segments,more,four-heads")
     parser.add_argument("--contexts", default="", help="only these, comma separated")
     parser.add_argument("--captured", help="a file of benchmarks.capture_keys")
@@ -208,7 +209,7 @@ def main() -> None:
     if options.captured is None and any(points.keys == "captured" for points in chosen):
         parser.error("the points named captured need --captured")
     environment = {
-        "commit": options.commit,
+        "commit": commit_of_rows(options.commit),
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,

@@ -18,14 +18,21 @@ def versions(commit: str = "") -> dict[str, str]:
     """
     has_gpu = torch.cuda.is_available()
     return {
-        "commit": commit or _commit(),
+        "commit": commit_of_rows(commit),
         "gpu": torch.cuda.get_device_name() if has_gpu else "none",
         "torch": torch.__version__,
         "sglang": sglang_version(),
     }
 
 
-def _commit() -> str:
+def commit_of_rows(given: str = "") -> str:
+    """The commit that a row names: the given one, or else this repository's.
+
+    Raises:
+        RuntimeError: none is given and there is no git repository.
+    """
+    if given:
+        return given
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:

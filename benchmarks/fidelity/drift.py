@@ -88,7 +88,7 @@ def main() -> None:
         "--stride", type=int, default=8, help="of positions for errors; a power of 2"
     )
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--commit", default="unknown", help="of this repository, for the rows")
+    parser.add_argument("--commit", default="", help="where there is no git repository")
     args = parser.parse_args()
 
     torch.backends.cuda.matmul.allow_tf32 = False

@@ -27,6 +27,7 @@ from benchmarks.fidelity.methods.base import paper_bytes
 from benchmarks.fidelity.methods.multipole import Multipole, members_of
 from benchmarks.fidelity.metrics import block_at
 from benchmarks.fidelity.sweep import write_row
+from benchmarks.versions import commit_of_rows
 
 
 def strong_tokens(block: Block, method: Multipole, indexes: IndexStore, budget: int, share: float):
@@ -77,9 +78,10 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.3)
     parser.add_argument("--layers", nargs="*", type=int, help="all if left out")
     parser.add_argument("--csv", type=Path, help="append a row per method and budget")
-    parser.add_argument("--commit", default="unknown", help="of this repository, for the rows")
+    parser.add_argument("--commit", default="", help="where there is no git repository")
     args = parser.parse_args()
 
+    commit = commit_of_rows(args.commit) if args.csv else ""
     model = load_model(args.model)
     text = next(t for t in json.loads(args.texts.read_text()) if t["name"] == args.name)
     dense = capture(model, text["token_ids"][: args.tokens], args.decoded)
@@ -114,7 +116,8 @@ def main() -> None:
             worst = sorted(counts, key=counts.get, reverse=True)[:5]
             print("  misses by layer:", {layer: counts[layer] for layer in worst})
             if args.csv:
-                row = {"commit": args.commit, "model": Path(args.model).stem, "name": args.name}
+                row = {"commit": commit, "torch": torch.__version__, "device": "cpu"}
+                row |= {"model": Path(args.model).stem, "name": args.name}
                 row |= {"seed": text["seed"]}
                 row |= {k: getattr(args, k) for k in ("tokens", "decoded", "stride", "share")}
                 row |= {"layers": " ".join(map(str, layers)), "method": method.name}

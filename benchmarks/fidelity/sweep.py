@@ -29,6 +29,7 @@ from benchmarks.fidelity.index_store import IndexStore
 from benchmarks.fidelity.methods.base import Method
 from benchmarks.fidelity.methods.features import Calibration
 from benchmarks.fidelity.metrics import attention_errors, teacher_forced
+from benchmarks.versions import commit_of_rows
 
 COLUMNS = [
     "commit",
@@ -105,7 +106,7 @@ def versions(model: torch.nn.Module, path: str, commit: str) -> dict[str, str]:
     """What a row must say so that it can be repeated."""
     cuda = model.device.type == "cuda"
     return {
-        "commit": commit,
+        "commit": commit_of_rows(commit),
         "model": Path(path).stem,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -187,7 +188,7 @@ def main() -> None:
         "--calibrate-on", default="argparse", help="a text of the dev split; empty to skip"
     )
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--commit", default="unknown", help="of this repository, for the rows")
+    parser.add_argument("--commit", default="", help="where there is no git repository")
     parser.add_argument("--processes", type=int, default=1, help="texts at a time, on one device")
     parser.add_argument("--seconds", type=float, default=1e9, help="stop a text after these")
     args = parser.parse_args()
