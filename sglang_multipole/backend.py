@@ -5,6 +5,7 @@ It decodes and nothing else; SGLang pairs it with a dense backend for prefill.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -15,6 +16,10 @@ from sglang_multipole import sglang_compat
 from sglang_multipole.attach import runtime_of
 from sglang_multipole.config import BACKEND_NAME
 from sglang_multipole.runtime import MultipoleRuntime
+
+logger = logging.getLogger(__name__)
+
+DENSE_TESTED_ON_GPUS = ("flashinfer", "triton")  # docs/testing.md
 
 
 class MultipoleAttnBackend(AttentionBackend):
@@ -121,5 +126,13 @@ def create_backend(runner: Any) -> AttentionBackend:
             "multipole: the cluster pool was not built; start the server with --enable-multipole, "
             f"which also sets --decode-attention-backend {BACKEND_NAME}"
         )
-    dense = sglang_compat.dense_backend(runner, runtime.config)
+    name = sglang_compat.dense_backend_name(runner, runtime.config)
+    if runner.device == "cuda" and name not in DENSE_TESTED_ON_GPUS:
+        logger.warning(
+            "Multipole attention: dense attention by %s, which was not tested beside it on a GPU; "
+            "%s were (--attention-backend)",
+            name,
+            " and ".join(DENSE_TESTED_ON_GPUS),
+        )
+    dense = sglang_compat.make_dense_backend(runner, name)
     return MultipoleAttnBackend(runner, runtime, dense)

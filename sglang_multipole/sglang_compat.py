@@ -155,13 +155,18 @@ def max_batch_rows(server_args: Any, max_requests: int | None) -> int:
     return max(largest, min(rows, _MAX_ROWS_WITHOUT_GRAPH))
 
 
-def dense_backend(runner: Any, config: MultipoleConfig) -> Any:
-    """SGLang's own attention backend for batches without clusters, by name."""
+def dense_backend_name(runner: Any, config: MultipoleConfig) -> str:
+    """The name of SGLang's own attention backend for batches without clusters."""
+    if config.dense_backend != "auto":
+        return config.dense_backend
+    prefill, _ = runner.server_args.get_attention_backends()
+    return prefill
+
+
+def make_dense_backend(runner: Any, name: str) -> Any:
+    """One of SGLang's own attention backends."""
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 
-    name = config.dense_backend
-    if name == "auto":
-        name, _ = runner.server_args.get_attention_backends()
     return ATTENTION_BACKENDS[name](runner)
 
 

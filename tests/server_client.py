@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import http.client
 import json
+import shutil
 import urllib.request
+from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
+
+from safetensors.torch import load_file, save_file
 
 from sglang_multipole.local_server import LocalServer
 
@@ -44,6 +48,27 @@ def flush(server: LocalServer) -> None:
     request = urllib.request.Request(f"{server.base_url}/flush_cache?timeout=30", method="POST")
     with urllib.request.urlopen(request, timeout=60) as response:
         assert response.status == 200
+    pool = state(server)["pool"]
+    assert pool["free"] == pool["places"]
+
+
+def make_other_weights(model_path: Path, folder: Path) -> Path:
+    """The model with larger keys and smaller values, so with other clusters, in a new folder."""
+    shutil.copytree(model_path, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    tensors = load_file(model_path / "model.safetensors")
+    for name in tensors:
+        if name.endswith("k_proj.weight"):
+            tensors[name] *= 1.25
+        elif name.endswith("v_proj.weight"):
+            tensors[name] *= 0.75
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def update_weights(server: LocalServer, model_path: Path) -> None:
+    """Load other weights into the running server; the flush that comes with it frees all places."""
+    body = {"model_path": str(model_path), "flush_cache": True}
+    assert server.post("/update_weights_from_disk", body)["success"]
     pool = state(server)["pool"]
     assert pool["free"] == pool["places"]
 

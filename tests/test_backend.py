@@ -167,3 +167,42 @@ def test_each_batch_size_is_captured_twice_and_replayed_by_kind(backend, monkeyp
     backend.is_sparse = False
     assert runner._make_graph_key(2) == captured[0][1]
     assert runner._make_graph_key(2, None, "lora").variant_label == "lora dense"
+
+
+@pytest.mark.parametrize(
+    ("configured", "chosen", "device", "is_warned"),
+    [
+        ("auto", "fa3", "cuda", True),
+        ("fa3", "flashinfer", "cuda", True),
+        ("auto", "flashinfer", "cuda", False),
+        ("triton", "fa3", "cuda", False),
+        ("auto", "torch_native", "cpu", False),
+    ],
+)
+def test_a_dense_backend_that_no_gpu_test_had_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    configured: str,
+    chosen: str,
+    device: str,
+    is_warned: bool,
+) -> None:
+    from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+
+    from sglang_multipole import backend
+
+    host = Host(MultipoleConfig.from_dict(SMALL.to_dict() | {"dense_backend": configured}))
+    monkeypatch.setattr(backend, "verify_applied", lambda names: None)
+    monkeypatch.setattr(backend, "runtime_of", lambda runner: host.runtime)
+    name = chosen if configured == "auto" else configured
+    dense = DenseBackend()
+    monkeypatch.setitem(ATTENTION_BACKENDS, name, lambda runner: dense)
+    server_args = SimpleNamespace(get_attention_backends=lambda: (chosen, chosen))
+    runner = SimpleNamespace(
+        device=device, server_args=server_args, token_to_kv_pool=None, req_to_token_pool=None
+    )
+    with caplog.at_level("WARNING", "sglang_multipole.backend"):
+        assert backend.create_backend(runner).dense is dense
+    assert [f"dense attention by {name}," in message for message in caplog.messages] == (
+        [True] if is_warned else []
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -73,7 +73,9 @@ def metric_by_rank(server: LocalServer, name: str, label: str) -> dict[str, floa
     return values
 
 
-def test_tensor_parallel_ranks_do_the_same_steps(model: Path):
+def test_tensor_parallel_ranks_do_the_same_steps(
+    model: Path, record_property: Callable[[str, int], None]
+):
     flag_lists = [
         [*FLAGS, *TENSOR_PARALLEL, *multipole()],
         [*FLAGS, *multipole()],
@@ -94,7 +96,8 @@ def test_tensor_parallel_ranks_do_the_same_steps(model: Path):
             assert values["0"] == values["1"] > 0
         flush(server)
         same = [assert_equal_up_to_ties(answer, expected) for answer, expected in pairs]
-        sys.stdout.write(f"{sum(same)} of {len(same)} answers equal to the last token\n")
+        record_property("equal", sum(same))
+        record_property("answers", len(same))
 
 
 def test_data_parallel_ranks_have_pools_of_their_own(model: Path):

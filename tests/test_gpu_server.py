@@ -10,6 +10,7 @@ import contextlib
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,19 @@ from tests.gpu_servers import (
     multipole,
     running,
 )
-from tests.server_client import TEXT, abandon, activity, flush, state
+from tests.server_client import (
+    TEXT,
+    abandon,
+    activity,
+    flush,
+    make_other_weights,
+    state,
+    update_weights,
+)
 
 pytestmark = [pytest.mark.gpu, pytest.mark.server]
+
+Record = Callable[[str, Any], None]  # pytest's record_property
 
 # the model has 8192 positions
 SHORT = [TEXT[i * 700 : i * 700 + 150 + 300 * i] for i in range(8)]
@@ -42,7 +53,9 @@ def assert_sparse(answer: dict[str, Any]) -> None:
     assert steps["dense_steps"] == 0
 
 
-def assert_served_alone_and_together(server: LocalServer, prompts: list[str]) -> None:
+def assert_served_alone_and_together(
+    server: LocalServer, prompts: list[str], record: Record
+) -> None:
     """Greedy answers of 32 requests at a time are those of the same requests one at a time."""
     alone = [ask(server, prompt) for prompt in prompts]
     flush(server)
@@ -53,7 +66,8 @@ def assert_served_alone_and_together(server: LocalServer, prompts: list[str]) ->
         same += assert_equal_up_to_ties(answer, alone[index])
         if prompts[index] in LONG:
             assert_sparse(answer)
-    sys.stdout.write(f"{same} of {len(order)} answers equal to the last token, the rest ties\n")
+    record("equal", same)
+    record("answers", len(order))
     flush(server)
 
 
@@ -70,7 +84,7 @@ def assert_served_where_steps_can_be_exact(server: LocalServer) -> None:
     flush(server)
 
 
-def test_the_default_server_and_its_dense_twin(model_path: Path):
+def test_the_default_server_and_its_dense_twin(model_path: Path, record_property: Record):
     with running(model_path, [[*FLASHINFER, *multipole()], FLASHINFER]) as (server, twin):
         before = state(server)["dense_steps"]["below_min_context"]  # the warm-up's
         # below the gate the graphs are the twin's own
@@ -88,20 +102,34 @@ def test_the_default_server_and_its_dense_twin(model_path: Path):
         assert graphs["sparse"]["graphs"] == graphs["dense"]["graphs"] > 4
         assert graphs["sparse"]["seconds"] > 0
         assert info["pool"]["workspace_bytes"] > 0
-        assert_served_alone_and_together(server, [*LONG, *SHORT])
+        assert_served_alone_and_together(server, [*LONG, *SHORT], record_property)
         command = [sys.executable, "-m", "sglang_multipole", "check", "--base-url", server.base_url]
         checked = subprocess.run(command, capture_output=True, text=True)
         assert checked.returncode == 0, checked.stdout + checked.stderr
-        # weights updated in place, which flushes both pools
-        before = ask(server, LONG[4])
-        body = {"model_path": str(model_path), "flush_cache": True}
-        assert server.post("/update_weights_from_disk", body)["success"]
-        after = ask(server, LONG[4])
-        assert activity(after)["segments_built"] > 0
-        assert after["output_ids"] == before["output_ids"]
 
 
-def test_triton_fp16_pages_and_mixed_chunks(model_path: Path):
+def test_weights_updated_in_place(model_path: Path, tmp_path: Path, record_property: Record):
+    """Answers are those of a server that was started with the new weights, and back again."""
+    flags = [*FLASHINFER, *multipole()]
+    other_path = make_other_weights(model_path, tmp_path / "other")
+    flag_lists = [flags, [*flags, f"--model-path={other_path}"]]
+    with running(model_path, flag_lists) as (server, started):
+        before = [ask(server, prompt) for prompt in LONG]
+        fresh = [ask(started, prompt) for prompt in LONG]
+        assert [answer["output_ids"] for answer in before] != [a["output_ids"] for a in fresh]
+        same = 0
+        for path, expected in ((other_path, fresh), (model_path, before)):
+            update_weights(server, path)  # no place is left, so sparse steps have new clusters
+            for prompt, wanted in zip(LONG, expected, strict=True):
+                answer = ask(server, prompt)
+                assert_sparse(answer)
+                same += assert_equal_up_to_ties(answer, wanted)
+        record_property("equal", same)
+        record_property("answers", 2 * len(LONG))
+        flush(server)
+
+
+def test_triton_fp16_pages_and_mixed_chunks(model_path: Path, record_property: Record):
     flags = [
         "--dtype=float16",
         "--attention-backend=triton",
@@ -110,14 +138,14 @@ def test_triton_fp16_pages_and_mixed_chunks(model_path: Path):
         *multipole(dense_backend="triton"),
     ]
     with running(model_path, [flags, [*flags, "--enable-mixed-chunk"]]) as (server, mixed):
-        assert_served_alone_and_together(server, [*LONG, *SHORT])
+        assert_served_alone_and_together(server, [*LONG, *SHORT], record_property)
         assert_served_where_steps_can_be_exact(mixed)
 
 
-def test_flashinfer_large_pages_and_chunks(model_path: Path):
+def test_flashinfer_large_pages_and_chunks(model_path: Path, record_property: Record):
     flags = [*FLASHINFER, "--page-size=32", "--chunked-prefill-size=1024"]
     with running(model_path, [[*flags, *multipole()]]) as (server,):
-        assert_served_alone_and_together(server, [*LONG, *SHORT])
+        assert_served_alone_and_together(server, [*LONG, *SHORT], record_property)
 
 
 def test_retraction_and_clients_that_go_away(model_path: Path):
