@@ -28,7 +28,7 @@ def profile_steps(
     Raises:
         RuntimeError: the server left no trace.
     """
-    stream = TokenStream(server, prompt, 10 * NUM_STEPS, sampling)
+    stream = TokenStream(server, prompt, 20 * NUM_STEPS, sampling)
     with tempfile.TemporaryDirectory() as folder:
         stream.start()
         while stream.is_alive() and len(stream.times) < 2 * NUM_STEPS:

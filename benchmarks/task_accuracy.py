@@ -11,12 +11,13 @@ in less than half of the samples, accuracy is no evidence, and the KL of decode 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.csv_file import write_rows
+from benchmarks.versions import versions
 from sglang_multipole import cli
 
 TASKS = ("passkey", "niah_single", "niah_multikey_2", "niah_multikey_3", "vt", "fwe")
@@ -33,7 +34,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--reference-tokens", type=int, default=16, help="places of KL a dense answer; 0 for none"
     )
+    parser.add_argument(
+        "--token-budget", type=int, help="of the multipole requests; else the server's"
+    )
     parser.add_argument("--concurrency", type=int, default=16)
+    parser.add_argument("--commit", default="", help="where there is no git repository")
     args = parser.parse_args(argv)
 
     args.folder.mkdir(parents=True, exist_ok=True)
@@ -50,9 +55,13 @@ def main(argv: list[str] | None = None) -> int:
         against = ["--baseline", str(dense), "--require-multipole"]
         if args.reference_tokens:
             against += ["--reference", str(reference)]
+        if args.token_budget is not None:
+            params = {"custom_params": {"multipole": {"token_budget": args.token_budget}}}
+            against += ["--extra-body", json.dumps(params)]
         run(args.multipole, sparse, [*common, *against])
         both = [json.loads(path.read_text()) for path in (dense, sparse)]
-        write_table(args.folder / "task_accuracy.csv", *both)
+        rows = table(*both, args.token_budget)
+        write_rows(args.folder / "task_accuracy.csv", [r | versions(args.commit) for r in rows])
     else:
         for row in json.loads(dense.read_text())["tasks"]:
             print(row["task"], row["length"], f"{row['accuracy']:.3f}")
@@ -70,10 +79,15 @@ def run(base_url: str, path: Path, options: list[str]) -> None:
         raise RuntimeError(f"task_accuracy: eval at {base_url} must succeed, got exit code {code}")
 
 
-def write_table(path: Path, dense: dict[str, Any], sparse: dict[str, Any]) -> None:
+def table(
+    dense: dict[str, Any], sparse: dict[str, Any], token_budget: int | None
+) -> list[dict[str, Any]]:
     """A row a task and length; empty where a number was not measured."""
     of_dense = {(r["task"], r["length"]): r for r in dense["tasks"]}
     divergences = {(r["task"], r["length"]): r for r in sparse["divergence"]}
+    activity = sparse["activity"] or {}
+    if token_budget is None:
+        token_budget = (sparse["multipole_config"] or {}).get("token_budget")
     rows = []
     for row in sparse["tasks"]:
         place = row["task"], row["length"]
@@ -83,6 +97,7 @@ def write_table(path: Path, dense: dict[str, Any], sparse: dict[str, Any]) -> No
                 "model": Path(sparse["model"]).name,
                 "task": row["task"],
                 "length": row["length"],
+                "token_budget": token_budget,
                 "samples": row["samples"],
                 "dense_accuracy": of_dense[place]["accuracy"],
                 "dense_standard_error": of_dense[place]["standard_error"],
@@ -94,13 +109,13 @@ def write_table(path: Path, dense: dict[str, Any], sparse: dict[str, Any]) -> No
                 "kl": kl.get("kl"),
                 "kl_standard_error": kl.get("kl_standard_error"),
                 "top1_agreement": kl.get("top1_agreement"),
-                "share_read": (sparse["activity"] or {}).get("share_read"),
+                # of all tasks and lengths together
+                "share_read": activity.get("share_read"),
+                "sparse_steps": activity.get("sparse_steps"),
+                "dense_steps": activity.get("dense_steps"),
             }
         )
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    return rows
 
 
 if __name__ == "__main__":

@@ -64,7 +64,9 @@ def main() -> int:
     parser.add_argument("--csv", type=Path, required=True)
     parser.add_argument("--logs", type=Path, help="a folder for the servers' logs")
     parser.add_argument("--servers", default="multipole,dense", help="to start, in this order")
-    parser.add_argument("--profile", type=int, default=0, help="tokens of a profiled request")
+    parser.add_argument(
+        "--profile", type=int, nargs="*", default=[], help="tokens of each profiled request"
+    )
     parser.add_argument("--profile-csv", type=Path, help="what runs on the GPU in its steps")
     parser.add_argument("--unit-norms", action="store_true", help="of random weights")
     parser.add_argument("--commit", default="", help="where there is no git repository")
@@ -95,9 +97,9 @@ def main() -> int:
                         rows.append({"server": kind, **row, **versions(arguments.commit)})
                         print(json.dumps(rows[-1]), flush=True)
                         write_rows(arguments.csv, rows)
-                for kind in kinds[name] if arguments.profile else ():
-                    prompt = _prompt(f"{arguments.seed} 0", arguments.profile)
-                    place = {"server": kind, "context": arguments.profile}
+                for context, kind in itertools.product(arguments.profile, kinds[name]):
+                    prompt = _prompt(f"{arguments.seed} 0", context)
+                    place = {"server": kind, "context": context}
                     profiled += [
                         place | row | versions(arguments.commit)
                         for row in profile_steps(server, prompt, SAMPLING[kind])

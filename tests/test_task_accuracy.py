@@ -26,20 +26,27 @@ def test_servers_one_after_the_other_give_one_table(
         dense.pages["/model_info"] = {"model_path": "models/fake"}
         assert task_accuracy.main([*small, "--dense", dense.base_url]) == 0
     steps = [0]
+    sparse_bodies: list[dict[str, Any]] = []
 
     def once_wrong(path: str, body: dict[str, Any]) -> Reply:
+        sparse_bodies.append(body)
         steps[0] += 5
         return completion("no") if steps[0] == 5 else read_passkey(path, body)
 
     with FakeOpenAI(once_wrong) as sparse:
         sparse.pages["/model_info"] = {"model_path": "models/fake"}
         sparse.pages["/server_info"] = multipole_page(steps)
-        assert task_accuracy.main([*small, "--multipole", sparse.base_url]) == 0
+        budget = ["--token-budget", "64", "--commit", "abc"]
+        assert task_accuracy.main([*small, "--multipole", sparse.base_url, *budget]) == 0
+    asked = {"multipole": {"token_budget": 64}}
+    assert all(body["custom_params"] == asked for body in sparse_bodies)
     with (folder / "task_accuracy.csv").open() as file:
         (row,) = csv.DictReader(file)
     assert (row["dense_accuracy"], row["multipole_accuracy"]) == ("1.0", "0.75")
     assert (row["difference"], row["evidence"]) == ("-0.25", "True")
     assert row["kl"] == ""
+    assert (row["token_budget"], row["commit"]) == ("64", "abc")
+    assert int(row["sparse_steps"]) == steps[0]
 
 
 def test_a_server_whose_requests_fail_makes_no_table(
