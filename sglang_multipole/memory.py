@@ -30,7 +30,7 @@ def bytes_per_token(config: MultipoleConfig, kvc: Any, num_layers: int) -> int:
 
 
 def workspace_bytes(config: MultipoleConfig, kvc: Any, budget_bytes: int) -> int:
-    """Bytes of the decode buffers, at most, on the GPU of this process.
+    """Bytes of the decode buffers and of a clustering's scratch, at most, on this process's GPU.
 
     Args:
         kvc: SGLang's KVCacheConfigurator.
@@ -55,7 +55,32 @@ def workspace_bytes(config: MultipoleConfig, kvc: Any, budget_bytes: int) -> int
         gqa_group_size=sglang_compat.gqa_group_size_of(model_config, num_kv_heads, tp_size),
         head_dim=model_config.head_dim,
     )
-    return StepBuffers(config, shape, "meta", f"{kvc.device}:{kvc.gpu_id}").nbytes
+    buffers = StepBuffers(config, shape, "meta", f"{kvc.device}:{kvc.gpu_id}")
+    scratch = clustering_scratch_bytes(
+        config, num_layers, num_kv_heads, model_config.head_dim, kvc.kv_cache_dtype
+    )
+    return buffers.nbytes + scratch
+
+
+def clustering_scratch_bytes(
+    config: MultipoleConfig,
+    num_layers: int,
+    num_kv_heads: int,
+    head_dim: int,
+    kv_dtype: torch.dtype,
+) -> int:
+    """Bytes that a step's clustering on a GPU needs while it runs, at most."""
+    from multipole_kernels.segment_clustering import scratch_bytes
+    from sglang_multipole import torch_clustering
+    from sglang_multipole.triton_clustering import geometry_of
+
+    # no size depends on the rotated dimensions
+    geometry = geometry_of(config, num_kv_heads, head_dim, kv_dtype, rotary_half=0)
+    if geometry is None:
+        return torch_clustering.MAX_SCRATCH
+    # strict activation bounds nothing
+    num_orders = 1 << 30 if config.strict_activation else config.max_builds_per_step
+    return scratch_bytes(geometry, num_layers, num_orders)
 
 
 def bytes_of_shape(

@@ -12,7 +12,7 @@ from sglang_multipole.cluster_pool import ClusterPool
 from sglang_multipole.kv_layer import KVLayer
 
 # most scratch of a clustering, in bytes
-_MAX_SCRATCH = 1 << 30
+MAX_SCRATCH = 1 << 30
 
 Order = tuple[int, int, int, int]
 
@@ -44,7 +44,7 @@ class TorchClustering:
         shape, config = self.pool.shape, self.pool.config
         # float32 copies of keys and values, and distances, alive at a time
         columns = 5 * shape.head_dim + 2 * config.clusters_per_segment
-        return max(_MAX_SCRATCH // (4 * shape.num_kv_heads * num_tokens * columns), 1)
+        return max(MAX_SCRATCH // (4 * shape.num_kv_heads * num_tokens * columns), 1)
 
     def _build(self, orders: list[Order]) -> None:
         config, extent = self.pool.config, orders[0][2]

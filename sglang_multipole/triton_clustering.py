@@ -14,7 +14,32 @@ from multipole_kernels.clustering_batch import (
 )
 from multipole_kernels.segment_clustering import SegmentClustering, supports
 from sglang_multipole.cluster_pool import ClusterPool
+from sglang_multipole.config import MultipoleConfig
 from sglang_multipole.kv_layer import KVLayer
+
+
+def geometry_of(
+    config: MultipoleConfig,
+    num_kv_heads: int,
+    head_dim: int,
+    kv_dtype: torch.dtype,
+    rotary_half: int,
+) -> ClusteringGeometry | None:
+    """What the kernels are compiled for, or None for shapes that they do not take."""
+    geometry = ClusteringGeometry(
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        rotary_half=rotary_half,
+        kv_dtype=kv_dtype,
+        segment_size=config.segment_size,
+        num_sink_tokens=config.num_sink_tokens,
+        tokens_per_cluster=config.tokens_per_cluster,
+        max_cluster_size=config.max_cluster_size,
+        num_lloyd_iters=config.num_lloyd_iters,
+    )
+    if kv_dtype in KV_DTYPES and supports(geometry, config.clusters_per_segment):
+        return geometry
+    return None
 
 
 def make_clustering(
@@ -28,24 +53,10 @@ def make_clustering(
     """
     config, shape = pool.config, pool.shape
     halves = {layer.cos.shape[1] for layer in layers if layer.cos is not None}
-    geometry = ClusteringGeometry(
-        num_kv_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-        rotary_half=max(halves, default=0),
-        kv_dtype=shape.dtype,
-        segment_size=config.segment_size,
-        num_sink_tokens=config.num_sink_tokens,
-        tokens_per_cluster=config.tokens_per_cluster,
-        max_cluster_size=config.max_cluster_size,
-        num_lloyd_iters=config.num_lloyd_iters,
-    )
+    rotary_half = max(halves, default=0)
+    geometry = geometry_of(config, shape.num_kv_heads, shape.head_dim, shape.dtype, rotary_half)
     buffers = [b for layer in layers for b in (layer.key_buffer, layer.value_buffer)]
-    if (
-        len(halves) > 1
-        or shape.dtype not in KV_DTYPES
-        or not supports(geometry, config.clusters_per_segment)
-        or not all(buffer.is_contiguous() for buffer in buffers)
-    ):
+    if geometry is None or len(halves) > 1 or not all(buffer.is_contiguous() for buffer in buffers):
         return None
     payload = PoolPayload(
         key_centroids=pool.key_centroids,

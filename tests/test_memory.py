@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sglang_multipole import memory
+from multipole_kernels.clustering_batch import ClusteringBatch
+from multipole_kernels.segment_clustering import SegmentClustering
+from sglang_multipole import memory, torch_clustering
 from sglang_multipole.cluster_pool import ClusterPool, PoolShape, place_bytes
 from sglang_multipole.config import MultipoleConfig
+from sglang_multipole.triton_clustering import geometry_of
 
 CONFIG = MultipoleConfig(segment_size=2048)
 
@@ -39,3 +42,48 @@ def test_headroom_is_chosen_or_given():
     assert memory.num_places(CONFIG, 2048) == 1 + 8 + 1
     given = MultipoleConfig(segment_size=2048, pool_headroom=50)
     assert memory.num_places(given, 2048 * 160 + 1) == 161 + 50 + 1
+
+
+def scratch_held(config: MultipoleConfig, layers: int, heads: int, dim: int, orders: int) -> int:
+    """The largest scratch of a chunk of a clustering of so many orders, of any extent."""
+    geometry = geometry_of(config, heads, dim, torch.bfloat16, dim // 2)
+    table = torch.empty(layers, 4, dtype=torch.int64, device="meta")
+    clustering = SegmentClustering(geometry, None, table, table)
+    most, extent = 0, config.segment_size
+    while extent >= config.recluster_interval:
+        block = geometry.block_clusters(extent, 1)
+        for some, chunk_layers in clustering.chunks(orders, block):
+            rows = torch.empty(orders, 4, dtype=torch.int32, device="meta")[some]
+            batch = ClusteringBatch(geometry, rows, table, table, chunk_layers, block)
+            held = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
+            held = [tensor for tensor in held if tensor is not table and tensor is not rows]
+            most = max(most, sum(tensor.nbytes for tensor in held))
+        extent //= 2
+    return most
+
+
+@pytest.mark.parametrize(
+    ("segment_size", "layers", "heads", "dim"),
+    [
+        pytest.param(4096, 36, 8, 128, id="qwen3-8b"),
+        pytest.param(2048, 30, 3, 64, id="smollm2-135m"),
+        pytest.param(4096, 4, 1, 96, id="one-head"),
+    ],
+)
+@pytest.mark.parametrize("builds", [1, 8])
+def test_clustering_stays_within_the_scratch_that_is_charged(
+    segment_size, layers, heads, dim, builds
+):
+    config = MultipoleConfig(segment_size=segment_size, max_builds_per_step=builds)
+    charged = memory.clustering_scratch_bytes(config, layers, heads, dim, torch.bfloat16)
+    held = scratch_held(config, layers, heads, dim, builds)
+    assert 0.85 * charged <= held <= charged <= 512 * 2**20
+
+
+def test_scratch_of_any_number_of_builds_is_bounded():
+    strict = MultipoleConfig(segment_size=4096, strict_activation=True)
+    charged = memory.clustering_scratch_bytes(strict, 36, 8, 128, torch.bfloat16)
+    assert 0.85 * charged <= scratch_held(strict, 36, 8, 128, 1000) <= charged
+    no_kernels = MultipoleConfig(segment_size=8192)
+    charged = memory.clustering_scratch_bytes(no_kernels, 36, 8, 128, torch.bfloat16)
+    assert charged == torch_clustering.MAX_SCRATCH

@@ -60,7 +60,7 @@ def cluster_on(device: str, case: ClusteringCase, centroid_dtype: str) -> Cluste
     "max_scratch", [1 << 30, 1], ids=["all-at-once", "one-layer-and-segment-at-once"]
 )
 def test_stores_the_references_clusters(device, max_scratch, monkeypatch):
-    monkeypatch.setattr(torch_clustering, "_MAX_SCRATCH", max_scratch)
+    monkeypatch.setattr(torch_clustering, "MAX_SCRATCH", max_scratch)
     case = make_clustering_case(centroid_dtype=torch.int8, layers_without_rope=(1,), device="cpu")
     stored = cluster_on(device, case, "int8")
     for order in ORDERS:
@@ -71,3 +71,24 @@ def test_stores_the_references_clusters(device, max_scratch, monkeypatch):
             assert (ids == expected).float().mean() > (0.95 if device == "cuda" else 0.999)
             assert int(ids.max()) < num_clusters(case, features.shape[1])
             assert_summary_matches(stored, layer, order)
+
+
+@pytest.mark.gpu
+def test_scratch_stays_within_its_bound(monkeypatch):
+    bound = 256 << 20
+    monkeypatch.setattr(torch_clustering, "MAX_SCRATCH", bound)
+    shape = {"num_layers": 6, "num_kv_heads": 4, "head_dim": 128, "segment_size": 2048}
+    case = make_clustering_case(**shape, tokens_per_cluster=16, max_cluster_size=128)
+    config = MultipoleConfig(segment_size=2048, recluster_interval=32)
+    device = case.req_to_token.device
+    sizes = PoolShape(6, 4, 128, len(case.keys[0]), 2, case.geometry.kv_dtype, device)
+    pool = ClusterPool(config, sizes, case.pool.members.shape[1])
+    layers = [
+        KVLayer(*layer) for layer in zip(case.keys, case.values, case.cos, case.sin, strict=True)
+    ]
+    clustering = TorchClustering(pool, layers, case.req_to_token)
+    clustering.cluster([(0, 1, 2048, 1)])
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    clustering.cluster([(0, 1, 2048, 1), (1, 1, 2048, 2), (1, 2, 2048, 3)])
+    assert torch.cuda.max_memory_allocated() - before <= bound

@@ -40,6 +40,13 @@ def supports(geometry: ClusteringGeometry, clusters_per_segment: int) -> bool:
     return clusters_per_segment <= _MAX_CLUSTERS and block * geometry.block_dim <= _MAX_CENTROIDS
 
 
+def scratch_bytes(geometry: ClusteringGeometry, num_layers: int, num_orders: int) -> int:
+    """The most scratch that a clustering of so many orders in so many layers holds at a time."""
+    block = geometry.block_clusters(geometry.segment_size, 1)
+    pair_bytes = geometry.num_kv_heads * geometry.unit_bytes(block)
+    return min(num_orders * num_layers * pair_bytes, max(_MAX_SCRATCH, pair_bytes))
+
+
 @dataclasses.dataclass
 class SegmentClustering:
     """The layers' buffers and the pool, for as long as they live.
