@@ -4,10 +4,14 @@ An operation is one thing that happens to requests or pools: a submission, a pre
 some requests, a decode step, a retraction, an end, an eviction, a flush. After each the planner's
 books are balanced; after each decode step the oracle (pool_oracle.py) compares the plan with the
 requests' own tokens. A failure of the seeded test names the seed and the operation.
+
+MULTIPOLE_POOL_OPERATIONS is the number of operations over all settings of the seeded test, in place
+of 40,000: about eight times in each setting what the slowest deliberate fault takes to be caught.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import pytest
@@ -18,7 +22,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from tests.pool_faults import FAULTS
 from tests.pool_machine import SETTINGS, PoolMachine, Setting, run_random
 
-NUM_OPERATIONS = 200_000
+NUM_OPERATIONS = int(os.environ.get("MULTIPOLE_POOL_OPERATIONS", "40000"))
 EXPENSIVE_SHARE = 0.02  # of payloads, outputs and pools that are computed anew
 NUMBER = st.integers(0, 1 << 20)
 
