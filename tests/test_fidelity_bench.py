@@ -25,7 +25,7 @@ from benchmarks.fidelity.methods.base import paper_bytes, token_bytes
 from benchmarks.fidelity.methods.clusters import split_dissolving_few
 from benchmarks.fidelity.methods.features import Calibration
 from benchmarks.fidelity.methods.quest import Quest
-from benchmarks.fidelity.methods.seeding import cluster_from_far_seeds, seed_tokens
+from benchmarks.fidelity.methods.seeding import cluster_from_placed_seeds
 from benchmarks.fidelity.methods.selection import take
 from benchmarks.fidelity.methods.tail import KINDS
 from benchmarks.fidelity.metrics import attention_errors, block_at, teacher_forced
@@ -69,29 +69,14 @@ def last_block(text):
     return block_at(text, begin, end, extent, slice(0, len(text.keys)))
 
 
-def test_far_seeds_find_the_content_that_no_placed_seed_hit():
-    torch.manual_seed(0)
-    num_tokens, num_clusters = 512, 32
-    rare = [37, 201, 470]
-    features = 0.01 * torch.randn(2, num_tokens, 8)
-    for i, token in enumerate(rare):
-        features[:, token, i] = 10.0
-    placed = reference.seed_positions(num_tokens, num_clusters - 12, 0)
-    assert not set(rare) & set(placed.tolist())
-
-    seeds = seed_tokens(features, num_clusters, 0, far_rounds=3)
-    for head in seeds.tolist():
-        assert head[: len(placed)] == placed.tolist()
-        assert set(rare) <= set(head)
-        assert len(set(head)) == num_clusters
-
-
-def test_without_far_rounds_the_seeds_are_the_references():
+def test_placed_seeds_are_a_choice():
+    """Below eight clusters the reference's seeds are all placed too, above it not."""
     torch.manual_seed(0)
     features = torch.randn(2, 300, 8)
-    arguments = (features, 20, 64, 4, 3)
-    ours = cluster_from_far_seeds(*arguments, far_rounds=0)
-    assert torch.equal(ours, reference.cluster_segment(*arguments))
+    for num_clusters, is_same in [(7, True), (20, False)]:
+        arguments = (features, num_clusters, 64, 4, 3)
+        placed = cluster_from_placed_seeds(*arguments)
+        assert torch.equal(placed, reference.cluster_segment(*arguments)) == is_same
 
 
 def test_blocks_keep_128_to_255_recent_tokens_exact():

@@ -196,6 +196,51 @@ def test_seeds_are_distinct_and_one_a_stratum():
         assert ((bounds[:-1] <= seeds) & (seeds < bounds[1:])).all()
 
 
+def test_far_seeds_find_the_content_that_no_placed_seed_hit():
+    num_tokens, num_clusters = 512, 32
+    num_placed = num_clusters * 5 // 8
+    rare = [37, 201, 470]
+    features = 0.01 * torch.randn(2, num_tokens, 8, generator=torch.Generator().manual_seed(0))
+    for i, token in enumerate(rare):
+        features[:, token, i] = 10.0
+    placed = reference.seed_positions(num_tokens, num_placed, 0)
+    assert not set(rare) & set(placed.tolist())
+
+    seeds = reference.seed_tokens(features, num_clusters, 0)
+    for head in seeds.tolist():
+        assert head[:num_placed] == placed.tolist()
+        assert set(rare) <= set(head[num_placed : num_placed + 4])
+        assert len(set(head)) == num_clusters
+
+
+@pytest.mark.parametrize(("num_tokens", "num_clusters"), [(1024, 64), (246, 15), (118, 8)])
+def test_each_round_takes_the_worst_covered_token_of_each_stratum(num_tokens, num_clusters):
+    features = torch.randn(num_tokens, DIM, generator=torch.Generator().manual_seed(9))
+    seeds = reference.seed_tokens(features, num_clusters, 3)
+    per_round = num_clusters // 8
+    num_placed = num_clusters - 3 * per_round
+    assert torch.equal(seeds[:num_placed], reference.seed_positions(num_tokens, num_placed, 3))
+    bounds = torch.arange(per_round + 1) * num_tokens // per_round
+    for nth in range(3):
+        so_far = num_placed + nth * per_round
+        distance = torch.cdist(features, features[seeds[:so_far]]).amin(-1)
+        for begin, end, seed in zip(bounds, bounds[1:], seeds[so_far:], strict=False):
+            assert seed == begin + distance[begin:end].argmax()
+
+
+def test_fewer_than_eight_clusters_have_placed_seeds():
+    features = torch.randn(2, 100, DIM, generator=torch.Generator().manual_seed(10))
+    segment_index = torch.tensor([1, 2])
+    seeds = reference.seed_tokens(features, 7, segment_index)
+    assert torch.equal(seeds, reference.seed_positions(100, 7, segment_index))
+
+
+def test_the_farthest_token_of_a_stratum_is_the_first_of_equals():
+    distance = torch.tensor([[1.0, 3.0, 3.0, 0.0, 0.0, 2.0, 2.0]])
+    assert reference.farthest_per_stratum(distance, 2).tolist() == [[1, 5]]
+    assert reference.farthest_per_stratum(distance, 3).tolist() == [[1, 2, 5]]
+
+
 def test_the_second_order_term_brings_the_tail_nearer():
     """The mean of exp exceeds exp of the mean; the correction is judged against the true mass."""
     request = make_request(1000, 40, seed=6, num_sinks=0)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from multipole_kernels import reference
-from multipole_kernels.clustering_batch import ClusteringGeometry
+from multipole_kernels.clustering_batch import ClusteringBatch, ClusteringGeometry, make_orders
+from multipole_kernels.kmeans import kmeans
 from multipole_kernels.segment_clustering import supports
 from tests.clustering_case import ClusteringCase, make_clustering_case
 
@@ -127,13 +128,48 @@ def test_matches_the_reference(shape):
 
 
 @pytest.mark.kernel
-def test_seeds_are_the_references():
-    """Without an iteration the clusters are the seeds' neighbourhoods."""
-    case = make_clustering_case(num_layers=1, num_lloyd_iters=0)
-    case.clustering.cluster(ORDERS)
-    for order in ORDERS:
-        _, expected = reference_ids(case, 0, order)
-        assert (case.cluster_ids(0, *order) == expected).float().mean() > 0.99
+@pytest.mark.parametrize(
+    ("tokens_per_cluster", "segment", "extent"),
+    [
+        pytest.param(8, 0, 256, id="sinks"),
+        pytest.param(8, 1, 512, id="64-clusters"),
+        pytest.param(16, 1, 4096, id="256-clusters"),
+        pytest.param(16, 1, 496, id="31-clusters"),
+        pytest.param(16, 1, 240, id="a-stratum-longer-than-a-tile"),
+        pytest.param(16, 1, 100, id="too-few-clusters-for-far-seeds"),
+    ],
+)
+def test_seeds_are_the_references(tokens_per_cluster, segment, extent):
+    """Of small whole numbers: distances, and their many ties, are exact in whatever order added."""
+    case = make_clustering_case(
+        num_layers=1,
+        segment_size=4096,
+        tokens_per_cluster=tokens_per_cluster,
+        num_lloyd_iters=0,
+        num_rows=1,
+        num_places=1,
+    )
+    geometry = case.geometry
+    orders = make_orders([(0, segment, extent, 0)], case.req_to_token.device)
+    batch = ClusteringBatch(
+        geometry,
+        orders,
+        case.clustering.layer_table,
+        case.req_to_token,
+        range(1),
+        geometry.block_clusters(extent, segment),
+    )
+    num_tokens = len(case.tokens(0, segment, extent)[0])
+    clusters = num_clusters(case, num_tokens)
+    generator = torch.Generator().manual_seed(extent)
+    features = torch.randint(-1, 2, (batch.num_units, num_tokens, 8), generator=generator)
+    features = features.float().to(orders.device)
+    batch.features.zero_()[:, :num_tokens, :8] = features
+    kmeans(batch)
+    seeds = reference.rows_at(features, reference.seed_tokens(features, clusters, segment))
+    assert torch.equal(batch.centroids[:, :clusters, :8].float(), seeds)
+    ids = reference.assign(features, seeds)
+    assert torch.equal(batch.cluster_ids[:, :num_tokens].long(), ids)
 
 
 @pytest.mark.kernel
@@ -241,6 +277,7 @@ def test_matches_the_reference_at_real_sizes(segment_size, head_dim):
         (0, 3, 384, 2),
     ]
     case.clustering.cluster(orders)
+    ratios = []
     for order in orders:
         for layer in range(len(case.keys)):
             features, expected = reference_ids(case, layer, order)
@@ -249,8 +286,11 @@ def test_matches_the_reference_at_real_sizes(segment_size, head_dim):
             assert reference.cluster_sizes(ids, clusters).max() <= 128
             distance = squared_distance(features, ids, clusters)
             best = squared_distance(features, expected, clusters)
-            assert distance.sum() <= 1.001 * best.sum()
+            ratios.append((distance.sum() / best.sum()).item())
             assert_summary_matches(case, layer, order)
+    # a near tie decided the other way leads k-means elsewhere: better or worse, but alike
+    assert max(ratios) <= 1.005
+    assert sum(ratios) <= 1.001 * len(ratios)
 
 
 def test_shapes_that_the_kernels_do_not_take_are_told():

@@ -32,8 +32,8 @@ OURS: dict[str, dict] = {
     "ours-ratio-12": {"clustering": {"tokens_per_cluster": 12, "max_cluster_size": 96}},
     "ours-lloyd-6": {"clustering": {"num_lloyd_iters": 6}},
     "ours-lloyd-10": {"clustering": {"num_lloyd_iters": 10}},
-    "ours-far-seeds": {"clustering": {"far_rounds": 3}},
-    "ours-far-seeds-seed-1": {"clustering": {"far_rounds": 3, "seed": 1}},
+    "ours-place-seeds": {"clustering": {"far_seeds": False}},
+    "ours-place-seeds-seed-1": {"clustering": {"far_seeds": False, "seed": 1}},
     "ours-seed-1": {"clustering": {"seed": 1}},
     "ours-cap-64": {"clustering": {"max_cluster_size": 64}},
     "ours-cap-none": {"clustering": {"max_cluster_size": None}},
@@ -41,6 +41,7 @@ OURS: dict[str, dict] = {
     "ours-offline": {"clustering": {"segment_size": 1 << 30}},  # one segment
     "ours-1024": {"clustering": {"segment_size": 1024}},
     "ours-4096": {"clustering": {"segment_size": 4096}},
+    "ours-4096-place-seeds": {"clustering": {"segment_size": 4096, "far_seeds": False}},
     "ours-8192": {"clustering": {"segment_size": 8192}},
     "ours-4096-ratio-12": {
         "clustering": {"segment_size": 4096, "tokens_per_cluster": 12, "max_cluster_size": 96}
@@ -49,7 +50,7 @@ OURS: dict[str, dict] = {
 
 # what the first study started from: its variants below change this
 STUDY = MultipoleChoices(
-    clustering=Clustering(segment_size=1024, max_cluster_size=64),
+    clustering=Clustering(segment_size=1024, max_cluster_size=64, far_seeds=False),
     number_format="fp8",
     variance="isotropic",
     max_variance=1.0,
@@ -191,7 +192,7 @@ VARIANTS |= {
 }
 
 # name -> clustering of the fine level, part of it that is read
-FINE = Clustering(segment_size=1024, tokens_per_cluster=8, max_cluster_size=32)
+FINE = Clustering(segment_size=1024, tokens_per_cluster=8, max_cluster_size=32, far_seeds=False)
 TWO_LEVEL = {
     "two-level": (FINE, 0.375),
     "two-level-25": (FINE, 0.25),

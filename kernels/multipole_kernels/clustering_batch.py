@@ -68,7 +68,7 @@ class ClusteringGeometry:
         """Scratch of one unit."""
         num_tokens, num_parts = self.padded_tokens(block_clusters), num_parts_of(block_clusters)
         rows = 2 * (num_tokens + block_clusters) + 4 * (num_parts + 1)
-        return rows * self.block_dim + 2 * num_tokens + 4
+        return rows * self.block_dim + (2 + 4) * num_tokens + 4
 
 
 def num_parts_of(num_clusters: int) -> int:
@@ -147,10 +147,11 @@ class ClusteringBatch:
         def new(*shape: int, dtype: torch.dtype) -> torch.Tensor:
             return torch.empty(self.num_units, *shape, dtype=dtype, device=device)
 
-        # in the order in which they are written; [U, D] and [U], [U, T, D], [U, K, D], [U, T]
+        # in the order in which they are written; [U, D], [U], [U, T, D], [U, T], [U, K, D], [U, T]
         self.offset = new(dim, dtype=torch.float32)
         self.scale = new(dtype=torch.float32)
         self.features = new(tokens, dim, dtype=torch.float16)
+        self.seed_distance = new(tokens, dtype=torch.float32)
         self.centroids = new(self.block_clusters, dim, dtype=torch.float16)
         self.cluster_ids = new(tokens, dtype=torch.int16)
         # [U, K / CLUSTERS_PER_PROGRAM, D]

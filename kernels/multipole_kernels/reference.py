@@ -20,6 +20,9 @@ import torch
 
 # multipliers of the integer hash that places the seeds (splitmix32's)
 _HASH_1, _HASH_2 = 0x21F0AAAD, 0x735A2D97
+# rounds that find a part of the seeds, each num_clusters // CLUSTERS_PER_FAR_SEED of them
+FAR_ROUNDS = 3
+CLUSTERS_PER_FAR_SEED = 8
 
 
 # ------------------------------------------------------------------ clustering of a segment
@@ -60,6 +63,59 @@ def seed_positions(
     x = ((x ^ (x >> 15)) * _HASH_2) & 0xFFFFFFFF
     x = x ^ (x >> 15)
     return begin + x % (end - begin).clamp(min=1)
+
+
+def rows_at(rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """[*, N, D]: the rows [*, T, D] of tokens [*, N] int64."""
+    return rows.gather(-2, tokens.unsqueeze(-1).expand(*tokens.shape, rows.shape[-1]))
+
+
+def nearest_distance(features: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """[*, T]: squared Euclid from each of features [*, T, D] to the nearest of others [*, N, D]."""
+    # |x|^2 is the same for every other row, so it is added to the least
+    distance = others.square().sum(-1).unsqueeze(-2) - 2.0 * features @ others.mT
+    return features.square().sum(-1) + distance.amin(-1)
+
+
+def farthest_per_stratum(distance: torch.Tensor, num_strata: int) -> torch.Tensor:
+    """[*, S] int64: the token of the largest distance [*, T] in each of S equal strata of T.
+
+    A tie takes the first.
+    """
+    num_tokens = distance.shape[-1]
+    stratum = torch.arange(num_strata, device=distance.device).unsqueeze(-1)
+    begin = stratum * num_tokens // num_strata
+    end = (stratum + 1) * num_tokens // num_strata
+    longest = -(-num_tokens // num_strata)
+    # [S, longest]; a shorter stratum has its last token twice
+    token = (begin + torch.arange(longest, device=distance.device)).minimum(end - 1)
+    return begin.squeeze(-1) + distance[..., token].argmax(-1)
+
+
+def seed_tokens(
+    features: torch.Tensor, num_clusters: int, segment_index: int | torch.Tensor
+) -> torch.Tensor:
+    """[*, K] int64: the tokens of features [*, T, D] float32 that k-means starts from.
+
+    The first ones, K less FAR_ROUNDS (K // CLUSTERS_PER_FAR_SEED), lie at seed_positions. The
+    others are found in rounds: the segment is cut into K // CLUSTERS_PER_FAR_SEED equal strata,
+    and each gives the token farthest from its nearest seed so far. Content that is rare, or near
+    to no placed seed, so has a cluster from the start. A function of the segment's tokens and
+    place alone, as seed_positions is of its place.
+    """
+    num_tokens, per_round = features.shape[-2], num_clusters // CLUSTERS_PER_FAR_SEED
+    num_placed = num_clusters - FAR_ROUNDS * per_round
+    placed = seed_positions(num_tokens, num_placed, segment_index).to(features.device)
+    seeds = placed.expand(*features.shape[:-2], num_placed)
+    if per_round == 0:
+        return seeds
+    distance = nearest_distance(features, rows_at(features, seeds))
+    for nth in range(FAR_ROUNDS):
+        if nth > 0:
+            last = rows_at(features, seeds[..., -per_round:])
+            distance = distance.minimum(nearest_distance(features, last))
+        seeds = torch.cat([seeds, farthest_per_stratum(distance, per_round)], -1)
+    return seeds
 
 
 def assign(features: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
@@ -146,13 +202,20 @@ def cluster_segment(
         )
     # k-means does not see a common offset; low-precision distances do
     features = features.float() - features.float().mean(-2, keepdim=True)
-    seeds = seed_positions(num_tokens, num_clusters, segment_index).to(features.device)
-    batch, head_dim = features.shape[:-2], features.shape[-1]
-    centroids = features.gather(
-        -2, seeds.expand(*batch, num_clusters).unsqueeze(-1).expand(*batch, num_clusters, head_dim)
-    )
+    seeds = seed_tokens(features, num_clusters, segment_index)
+    return cluster_from_seeds(features, seeds, max_cluster_size, num_lloyd_iters)
+
+
+def cluster_from_seeds(
+    features: torch.Tensor, seeds: torch.Tensor, max_cluster_size: int, num_lloyd_iters: int
+) -> torch.Tensor:
+    """[*, T] int64 cluster ids: Lloyd iterations from the tokens seeds [*, K], then the size cap.
+
+    features: [*, T, D] float32, less their mean.
+    """
+    centroids = rows_at(features, seeds)
     for _ in range(num_lloyd_iters):
-        means = cluster_means(features, assign(features, centroids), num_clusters)
+        means = cluster_means(features, assign(features, centroids), seeds.shape[-1])
         # a cluster that lost its last token stays where it was
         centroids = torch.where(means.isnan(), centroids, means)
     return split_oversized(features, centroids, assign(features, centroids), max_cluster_size)

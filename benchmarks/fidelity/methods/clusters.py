@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.fidelity.index_store import SegmentClusters
 from benchmarks.fidelity.methods.features import WHITENING, Calibration, cluster_features
-from benchmarks.fidelity.methods.seeding import cluster_from_far_seeds
+from benchmarks.fidelity.methods.seeding import cluster_from_placed_seeds
 from multipole_kernels import reference
 
 
@@ -20,8 +20,7 @@ class Clustering:
     max_cluster_size None leaves clusters as k-means made them. `content_centroid` keeps the mean
     of the keys without position (the paper) instead of the keys as attention sees them.
     `dissolve_needed` makes room for the parts of oversized clusters by dissolving no more of the
-    smallest ones than it takes. `far_rounds` places a part of the seeds where the segment is worst
-    covered, in so many rounds.
+    smallest ones than it takes. Without `far_seeds` all of k-means' seeds are placed by position.
     """
 
     segment_size: int = 2048
@@ -32,7 +31,7 @@ class Clustering:
     metric: str = "euclidean"
     num_lloyd_iters: int = 4
     content_centroid: bool = False
-    far_rounds: int = 0
+    far_seeds: bool = True
     seed: int = 0
 
 
@@ -56,17 +55,14 @@ class SegmentClusterer:
         max_size = choice.max_cluster_size or keys.shape[-2] + 1
         # the cap cannot hold in a segment too short to have clusters to dissolve
         max_size = max(max_size, -(-keys.shape[-2] // num_clusters) * 2)
-        arguments = (
+        cluster = reference.cluster_segment if choice.far_seeds else cluster_from_placed_seeds
+        cluster_ids = cluster(
             features,
             num_clusters,
             keys.shape[-2] + 1 if choice.dissolve_needed else max_size,
             choice.num_lloyd_iters,
             begin // choice.segment_size + 7919 * choice.seed,
         )
-        if choice.far_rounds:
-            cluster_ids = cluster_from_far_seeds(*arguments, choice.far_rounds)
-        else:
-            cluster_ids = reference.cluster_segment(*arguments)
         if choice.dissolve_needed:
             cluster_ids = split_dissolving_few(features, cluster_ids, num_clusters, max_size)
         seen_keys = keys

@@ -22,6 +22,7 @@ class PaperMultipole(Multipole):
             max_cluster_size=None,
             num_lloyd_iters=10,
             content_centroid=True,
+            far_seeds=False,
             seed=seed,
         )
         choices = MultipoleChoices(

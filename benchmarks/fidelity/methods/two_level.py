@@ -16,6 +16,7 @@ from benchmarks.fidelity.methods.base import COUNT_BYTES, Method
 from benchmarks.fidelity.methods.clusters import Clustering, SegmentClusterer
 from benchmarks.fidelity.methods.multipole import members_of
 from benchmarks.fidelity.methods.quantize import centroid_bytes, stored
+from benchmarks.fidelity.methods.seeding import cluster_from_placed_seeds
 from benchmarks.fidelity.methods.tail import VARIANCE_BYTES
 from multipole_kernels import reference
 
@@ -60,7 +61,7 @@ class TwoLevelClusterer:
         content = rope.unrotate(keys, positions)
         content = reference.cluster_means(content, fine.cluster_ids, num_fine)
         content = content.nan_to_num(0.0)
-        parents = reference.cluster_segment(content, num_coarse, num_fine + 1, 4, 0)
+        parents = cluster_from_placed_seeds(content, num_coarse, num_fine + 1, 4, 0)
         coarse_ids = parents.gather(-1, fine.cluster_ids)
         coarse = reference.summarize_clusters(keys, values, coarse_ids, num_coarse)
         return TwoLevelClusters(
