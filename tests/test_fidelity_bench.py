@@ -5,6 +5,7 @@ A 1K-token subset runs on the demo's model, or on the checkpoint that MULTIPOLE_
 
 from __future__ import annotations
 
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -257,13 +258,17 @@ def test_on_a_real_model_ours_is_closer_than_the_paper_and_quest(model_path):
     path = str(model_path)
     real = load_model(path)
     tokenizer = AutoTokenizer.from_pretrained(**tokenizer_arguments(path))
-    ids = tokenizer(source_code("argparse")[:10_000]).input_ids[:TOKENS]
-    dense = capture(real, ids, 128)
-    indexes = IndexStore(dense, dense.prefix_len)
-    error, kl = {}, {}
-    for method in methods(["dense", "paper", "quest", "ours"]):
-        error[method.name] = attention_errors(dense, method, 64, indexes).error.mean()
-        kl[method.name] = teacher_forced(real, dense, method, 64, indexes).kl.mean()
+    error, kl = Counter(), Counter()
+    # on one text this short other seeds alone move the error by half
+    for name in ("argparse", "inspect"):
+        ids = tokenizer(source_code(name)[:10_000]).input_ids[:TOKENS]
+        dense = capture(real, ids, 128)
+        indexes = IndexStore(dense, dense.prefix_len)
+        for method in methods(["dense", "paper", "quest", "ours"]):
+            errors = attention_errors(dense, method, 64, indexes).error
+            error[method.name] += errors.mean().item() / 2
+            divergence = teacher_forced(real, dense, method, 64, indexes).kl
+            kl[method.name] += divergence.mean().item() / 2
     assert error["dense"] < 1e-5
     assert kl["dense"] < 1e-5
     for rival in ("paper", "quest"):
