@@ -10,7 +10,8 @@ segment clustered alone with the same one in a group (bits).
 Columns: p20_ms to p80_ms are the device's time, of CUDA-graph replays (the PyTorch path, which
 cannot be captured, by events around a call); host_ms is what a call keeps the host busy. bytes are
 the least that must be moved: keys read twice (features; means and variance), values once, features
-written and read once an iteration, the clusters written. flops are those of the products.
+written and read once an iteration and once a round of seeds, the clusters written. flops are those
+of the products.
 """
 
 from __future__ import annotations
@@ -214,11 +215,14 @@ def work_of(bench: Bench, orders: list[Order]) -> tuple[int, int]:
     for _, segment, extent, _ in orders:
         tokens = extent - (config.num_sink_tokens if segment == 0 else 0)
         clusters = -(-tokens // config.tokens_per_cluster)
-        passes = config.num_lloyd_iters + 1
+        far_seeds = clusters // reference.CLUSTERS_PER_FAR_SEED
+        passes = config.num_lloyd_iters + 1 + reference.FAR_ROUNDS
+        # the last round's seeds are compared with nothing before the iterations
+        products = clusters * (2 * config.num_lloyd_iters + 1) + clusters - far_seeds
         # keys twice, values once, features written and read, 2 bytes each
         moved += heads * tokens * HEAD_DIM * 2 * (3 + 1 + passes)
         moved += heads * (clusters * (2 * HEAD_DIM + 8 + 8) + 2 * tokens + 2 * HEAD_DIM)
-        flops += heads * 2 * tokens * clusters * HEAD_DIM * (2 * config.num_lloyd_iters + 1)
+        flops += heads * 2 * tokens * HEAD_DIM * products
     return moved, flops
 
 
