@@ -41,7 +41,11 @@ OURS: dict[str, dict] = {
     "ours-offline": {"clustering": {"segment_size": 1 << 30}},  # one segment
     "ours-1024": {"clustering": {"segment_size": 1024}},
     "ours-4096": {"clustering": {"segment_size": 4096}},
+    "ours-4096-seed-1": {"clustering": {"segment_size": 4096, "seed": 1}},
     "ours-4096-place-seeds": {"clustering": {"segment_size": 4096, "far_seeds": False}},
+    "ours-4096-place-seeds-seed-1": {
+        "clustering": {"segment_size": 4096, "far_seeds": False, "seed": 1}
+    },
     "ours-8192": {"clustering": {"segment_size": 8192}},
     "ours-4096-ratio-12": {
         "clustering": {"segment_size": 4096, "tokens_per_cluster": 12, "max_cluster_size": 96}
