@@ -37,8 +37,10 @@ class DecodeBuffer:
 
     def __init__(self, model: torch.nn.Module, batch: int, max_len: int) -> None:
         config = model.config
+        # not every configuration names it
+        head_dim = model.get_decoder().layers[0].self_attn.head_dim
         shape = (config.num_hidden_layers, batch, config.num_key_value_heads, max_len)
-        self.keys = torch.zeros(*shape, config.head_dim, device=model.device)
+        self.keys = torch.zeros(*shape, head_dim, device=model.device)
         self.values = torch.zeros_like(self.keys)
         self.length = 0
 
