@@ -6,6 +6,7 @@ A 1K-token subset runs on the demo's model, or on the checkpoint that MULTIPOLE_
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -78,6 +79,9 @@ def test_placed_seeds_are_a_choice():
         arguments = (features, num_clusters, 64, 4, 3)
         placed = cluster_from_placed_seeds(*arguments)
         assert torch.equal(placed, reference.cluster_segment(*arguments)) == is_same
+    shipped, changed = methods(["ours-4096", "ours-4096-place-seeds"])
+    assert shipped.choices.clustering.far_seeds
+    assert changed.choices.clustering == replace(shipped.choices.clustering, far_seeds=False)
 
 
 def test_blocks_keep_128_to_255_recent_tokens_exact():

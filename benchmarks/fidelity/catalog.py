@@ -32,8 +32,6 @@ OURS: dict[str, dict] = {
     "ours-ratio-12": {"clustering": {"tokens_per_cluster": 12, "max_cluster_size": 96}},
     "ours-lloyd-6": {"clustering": {"num_lloyd_iters": 6}},
     "ours-lloyd-10": {"clustering": {"num_lloyd_iters": 10}},
-    "ours-place-seeds": {"clustering": {"far_seeds": False}},
-    "ours-place-seeds-seed-1": {"clustering": {"far_seeds": False, "seed": 1}},
     "ours-seed-1": {"clustering": {"seed": 1}},
     "ours-cap-64": {"clustering": {"max_cluster_size": 64}},
     "ours-cap-none": {"clustering": {"max_cluster_size": None}},
@@ -42,15 +40,14 @@ OURS: dict[str, dict] = {
     "ours-1024": {"clustering": {"segment_size": 1024}},
     "ours-4096": {"clustering": {"segment_size": 4096}},
     "ours-4096-seed-1": {"clustering": {"segment_size": 4096, "seed": 1}},
-    "ours-4096-place-seeds": {"clustering": {"segment_size": 4096, "far_seeds": False}},
-    "ours-4096-place-seeds-seed-1": {
-        "clustering": {"segment_size": 4096, "far_seeds": False, "seed": 1}
-    },
     "ours-8192": {"clustering": {"segment_size": 8192}},
     "ours-4096-ratio-12": {
         "clustering": {"segment_size": 4096, "tokens_per_cluster": 12, "max_cluster_size": 96}
     },
 }
+
+# behind one of these names: with all of k-means' seeds placed by position
+PLACE_SEEDS = "-place-seeds"
 
 # what the first study started from: its variants below change this
 STUDY = MultipoleChoices(
@@ -222,6 +219,13 @@ def ours(name: str = "ours", **changes) -> Multipole:
     return changed(name, DEFAULT, **changes)
 
 
+def ours_with_placed_seeds(name: str) -> Multipole:
+    """OURS, named without PLACE_SEEDS, with the seeds that shipped before the farthest tokens."""
+    changes = OURS[name.removesuffix(PLACE_SEEDS)]
+    clustering = changes.get("clustering", {}) | {"far_seeds": False}
+    return ours(name, **(changes | {"clustering": clustering}))
+
+
 def rivals() -> list[Method]:
     """Everything that is not ours."""
     return [
@@ -237,7 +241,7 @@ def rivals() -> list[Method]:
 
 
 def methods(names: list[str] | None = None, calibration: Calibration | None = None):
-    """The methods of these names, in their order; all of them for None."""
+    """The methods of these names, in their order; all but those of PLACE_SEEDS for None."""
     catalog = {m.name: m for m in rivals()}
     for name, changes in OURS.items():
         catalog[name] = ours(name, **changes)
@@ -245,6 +249,9 @@ def methods(names: list[str] | None = None, calibration: Calibration | None = No
         catalog[name] = changed(name, STUDY, calibration, **changes)
     for name, (clustering, refined) in TWO_LEVEL.items():
         catalog[name] = TwoLevel(name, clustering, refined=refined)
+    for name in names or []:
+        if name.endswith(PLACE_SEEDS) and name.removesuffix(PLACE_SEEDS) in OURS:
+            catalog[name] = ours_with_placed_seeds(name)
     unknown = set(names or []) - set(catalog)
     if unknown:
         raise ValueError(f"catalog: unknown methods {sorted(unknown)}; there are {list(catalog)}")

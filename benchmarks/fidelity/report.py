@@ -19,7 +19,7 @@ LABELS = {
     "quest": "Quest",
     "oracle": "oracle tokens",
     "s1024": "ours, first study: segments of 1024",
-    "ours-ratio-12": "ours, 12 tokens a cluster",
+    "ours-place-seeds": "ours, seeds by position alone",
     "ours": "ours, as shipped",
 }
 
