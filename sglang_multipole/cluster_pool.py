@@ -132,7 +132,7 @@ class ClusterPool:
         summary: ClusterSummary,
         members: torch.Tensor,
     ) -> None:
-        """Write the payload of places [M] in some layers; nothing finds it before register.
+        """Write the payload of places [M] in some layers; nothing finds it before publish.
 
         Args:
             summary: of K' <= K clusters; its leading dimensions are [layers, M, H].
@@ -200,7 +200,21 @@ class ClusterPool:
         found = usable & self.matches(place, slots, extent)
         return place * found, extent * found
 
-    def register(
+    def describe(self, places: torch.Tensor, slots: torch.Tensor) -> None:
+        """Say of which tokens places will hold the clusters; no row finds them until `publish`.
+
+        If a slot gets new content between the two, no row finds them ever.
+
+        Args:
+            places: [M] int64.
+            slots: [M, largest extent] int64; anything valid behind a shorter extent.
+        """
+        self.kill(places)
+        width = slots.shape[1]
+        self.segment_slots[places, :width] = slots.int()
+        self.segment_slot_generation[places, :width] = self.slot_generation[slots]
+
+    def publish(
         self,
         places: torch.Tensor,
         slots: torch.Tensor,
@@ -212,11 +226,8 @@ class ClusterPool:
 
         Args:
             places, rows, extents: [M] int64; the first num_sealed are full segments.
-            slots: [M, largest extent] int64; anything valid behind a shorter extent.
+            slots: [M, largest extent] int64, the rows' own; anything valid behind a shorter extent.
         """
-        width = slots.shape[1]
-        self.segment_slots[places, :width] = slots.int()
-        self.segment_slot_generation[places, :width] = self.slot_generation[slots]
         self.segment_extent[places] = extents.int()
         self.segment_of_slot[slots[:num_sealed, -1]] = places[:num_sealed].int()
         self.open_place[rows[num_sealed:]] = places[num_sealed:].int()

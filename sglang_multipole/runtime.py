@@ -1,7 +1,7 @@
 """What one model runner holds: the pool, its planner and builder, and a decode step's life.
 
 Scheduler.run_batch            plan_step       host: kills and orders from token counts
-backend.init_forward_metadata  begin_step      device: kills, builds, snapshot, decode plan
+backend.init_forward_metadata  begin_step      device: kills, builds, slices, snapshot, plan
 backend.forward_decode         (per layer)     device: attention, counters; or SGLang's own
 Scheduler.run_batch            end_step        device: feedback copied to the host
 process_batch_result           apply_feedback  host: places, requests, counters
@@ -106,7 +106,12 @@ class MultipoleRuntime:
         self.config, self.pool, self.builder, self.path = config, pool, builder, path
         self.audit = audit
         self.last_audit: AuditResult | None = None  # of the last step, if it was audited
-        self.planner = SegmentPlanner(config, pool.num_places, limits=path.limits)
+        self.planner = SegmentPlanner(
+            config,
+            pool.num_places,
+            limits=path.limits,
+            num_slices=builder.clustering.num_slices(),
+        )
         self.totals = Activity()
         self.dense_steps = dict.fromkeys(REASONS, 0)
         self.build_seconds = 0.0
@@ -139,7 +144,7 @@ class MultipoleRuntime:
         self.dense_steps[NOT_ANNOUNCED] += num_rows
 
     def begin_step(self, rows: torch.Tensor, seq_lens: torch.Tensor) -> bool:
-        """Kills and builds, then the snapshot of the batch.
+        """Kills, builds and slices of later builds, then the snapshot of the batch.
 
         Args:
             rows: [B] int64, rows of req_to_token; may have padding behind the plan's rows.
@@ -154,12 +159,15 @@ class MultipoleRuntime:
             # from pinned memory, or the host would wait for the step before
             kills = torch.tensor(plan.kills, pin_memory=rows.is_cuda)
             self.pool.kill(kills.to(rows.device, non_blocking=True))
+        self.builder.cancel(plan.cancelled)
         self._built = []
         if not plan.is_sparse:
             return False
-        if plan.orders:
+        if plan.orders or plan.slices:
             started = time.perf_counter()
             self._built = self.builder.execute(plan.orders)
+            for order, num_slices in plan.slices:
+                self.builder.advance(order, num_slices)
             self.build_seconds += time.perf_counter() - started
         self.path.begin(rows, seq_lens, [row.token_budget for row in plan.rows], plan.step)
         if self.audit is not None:
@@ -223,6 +231,7 @@ class MultipoleRuntime:
     def clear(self) -> None:
         """SGLang's KV pool was cleared."""
         self.pool.clear()
+        self.builder.clear()
         self.planner.clear()
 
     def check_integrity(self) -> None:
@@ -239,7 +248,7 @@ class MultipoleRuntime:
             "free": len(planner.free),
             "sealed": len(planner.sealed),
             "open": sum(bool(r.open_place) for r in planner.requests.values()),
-            "ordered": len(planner.in_order),
+            "ordered": len(planner.in_order) + len(planner.early.places),
         }
 
     def _audit_report(self) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from typing import Protocol
 
 import torch
@@ -27,6 +27,27 @@ class Clustering(Protocol):
     def cluster(self, orders: Sequence[tuple[int, int, int, int]]) -> None:
         """Write the payload of orders (row, segment, extent, place)."""
 
+    def slices(self, order: tuple[int, int, int, int]) -> Generator[None]:
+        """Do the same for one order in num_slices slices, one with each `next`."""
+
+    def num_slices(self) -> int:
+        """Slices of an order's clustering, whatever the order."""
+
+
+@dataclasses.dataclass
+class _Begun:
+    """A clustering in slices. Its generator holds scratch until it is closed."""
+
+    slices: Generator[None]
+    num_left: int
+
+    def advance(self, count: int) -> None:
+        for _ in range(count):
+            next(self.slices)
+        self.num_left -= count
+        if not self.num_left:
+            self.slices.close()
+
 
 class SegmentBuilder:
     """Executes build orders on the current stream, which must be the forward's.
@@ -37,9 +58,36 @@ class SegmentBuilder:
 
     def __init__(self, pool: ClusterPool, clustering: Clustering, req_to_token: torch.Tensor):
         self.pool, self.clustering, self.req_to_token = pool, clustering, req_to_token
+        self._begun: dict[BuildOrder, _Begun] = {}
+
+    @property
+    def num_begun(self) -> int:
+        """Orders of later steps that were begun."""
+        return len(self._begun)
+
+    def advance(self, order: BuildOrder, num_slices: int) -> None:
+        """Do slices of an order of a later step; with the first, its place is taken.
+
+        The tokens must be those that the row has now, or the row will not find the segment.
+        """
+        if order not in self._begun:
+            rows, segments, _, places = self._columns([order])
+            self.pool.describe(places, self._slots(rows, segments, order.extent))
+            slices = self.clustering.slices(dataclasses.astuple(order))
+            self._begun[order] = _Begun(slices, self.clustering.num_slices())
+        self._begun[order].advance(num_slices)
+
+    def cancel(self, orders: Sequence[BuildOrder]) -> None:
+        """Forget orders that were begun; their places are others' from here on."""
+        for order in orders:
+            self._begun.pop(order).slices.close()
+
+    def clear(self) -> None:
+        """Forget all that was begun."""
+        self.cancel(list(self._begun))
 
     def execute(self, orders: Sequence[BuildOrder]) -> list[bool]:
-        """Build what is missing.
+        """Build what is missing, from the beginning or from where `advance` has come.
 
         Waits for the device once if a sealed segment is among the orders, which happens when a
         request begins to decode and once in segment_size of its tokens.
@@ -49,19 +97,29 @@ class SegmentBuilder:
             segment (another request's, or one built earlier in this call).
         """
         known = self._known(orders)
-        # sealed ones first, see ClusterPool.register
+        # sealed ones first, see ClusterPool.publish
         missing = sorted(
             (order for order in orders if order not in known), key=lambda order: -order.extent
         )
         if missing:
+            self._build([order for order in missing if order not in self._begun])
+            for order in missing:
+                if order in self._begun:
+                    self._begun[order].advance(self._begun[order].num_left)
             rows, segments, extents, places = self._columns(missing)
-            # readers must not find a place while its payload is half written
-            self.pool.kill(places)
-            self.clustering.cluster([dataclasses.astuple(order) for order in missing])
             slots = self._slots(rows, segments, missing[0].extent)
             num_sealed = sum(order.extent == self.pool.config.segment_size for order in missing)
-            self.pool.register(places, slots, rows, extents, num_sealed)
+            self.pool.publish(places, slots, rows, extents, num_sealed)
+        self.cancel([order for order in orders if order in self._begun])
         return [order not in known for order in orders]
+
+    def _build(self, orders: Sequence[BuildOrder]) -> None:
+        """Cluster orders, the longest first, from the beginning."""
+        if not orders:
+            return
+        rows, segments, _, places = self._columns(orders)
+        self.pool.describe(places, self._slots(rows, segments, orders[0].extent))
+        self.clustering.cluster([dataclasses.astuple(order) for order in orders])
 
     def _known(self, orders: Sequence[BuildOrder]) -> set[BuildOrder]:
         """The sealed segments among the orders that need no building."""

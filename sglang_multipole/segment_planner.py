@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from sglang_multipole.config import MultipoleConfig
+from sglang_multipole.early_builds import EarlyBuilds
 from sglang_multipole.segment_builder import BuildOrder
 
 SWITCHED_OFF = 2**31 - 1  # the token budget of a request that asks for exact attention
@@ -39,11 +40,13 @@ class DecodeRow:
 
 @dataclasses.dataclass(frozen=True)
 class StepPlan:
-    """What the device does before a decode step: kills, then builds, in order.
+    """What the device does before a decode step: kills, then builds, then slices, in order.
 
     order_rids names the request of each order. epoch tells plans made before a clear(). starved
     are the requests for which the pool had no place. is_sparse: a row may have clusters; if none
-    may, the step is SGLang's dense attention. is_oversized: the batch exceeds BatchLimits.
+    may, the step is SGLang's dense attention. is_oversized: the batch exceeds BatchLimits. slices:
+    orders of later steps, and how many slices of each are done now; cancelled: of those, the ones
+    that are given up before anything else is done.
     """
 
     step: int
@@ -55,6 +58,8 @@ class StepPlan:
     starved: frozenset[str] = frozenset()
     is_sparse: bool = True
     is_oversized: bool = False
+    slices: Sequence[tuple[BuildOrder, int]] = ()
+    cancelled: Sequence[BuildOrder] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,12 +105,16 @@ class _Request:
 
 @dataclasses.dataclass
 class PlannerStats:
-    """Totals since start. open_builds counts clusterings of open segments."""
+    """Totals since start. open_builds counts clusterings of open segments.
+
+    early_builds: of open and sealed segments, those that were begun before they were wanted.
+    """
 
     segments_built: int = 0
     segments_shared: int = 0
     segments_evicted: int = 0
     open_builds: int = 0
+    early_builds: int = 0
     orders_without_place: int = 0
 
 
@@ -115,12 +124,14 @@ _NUM_ADMISSION_STEPS = 2
 
 
 class SegmentPlanner:
-    """Owns the places. A place is free, in an unanswered order, sealed, or one request's open.
+    """Owns the places. A place is free, in an unanswered order, sealed, or one request's: of its
+    open segment, or of a clustering that is not wanted yet.
 
     Args:
         feedback_lag: steps between a plan and its feedback; a place that was used within so many
             steps may be in use by a row the host has not heard of, and is not evicted.
         limits: of a batch; a larger one has no clusters.
+        num_slices: of a clustering, see EarlyBuilds.
     """
 
     def __init__(
@@ -129,9 +140,11 @@ class SegmentPlanner:
         num_places: int,
         feedback_lag: int = 2,
         limits: BatchLimits | None = None,
+        num_slices: int = 1,
     ):
         self.config, self.num_places, self.feedback_lag = config, num_places, feedback_lag
         self.limits = limits or BatchLimits()
+        self._num_slices = num_slices
         self.stats = PlannerStats()
         self.step = 0
         self.epoch = 0
@@ -141,6 +154,7 @@ class SegmentPlanner:
         """The pool was cleared: all places are free; feedback of earlier steps is dropped."""
         self.epoch += 1
         self.requests: dict[str, _Request] = {}
+        self.early = EarlyBuilds(self._num_slices)
         self.free = list(range(self.num_places - 1, 0, -1))
         self.in_order: set[int] = set()
         self.sealed: dict[int, int] = {}  # place -> step in which it was built
@@ -161,6 +175,7 @@ class SegmentPlanner:
         starved: set[str] = set()
         is_oversized = not self.limits.admit(rows)
         is_sparse = False
+        num_begun = 0  # orders that this step does from the beginning
         for row in rows:
             request = self.requests.setdefault(row.rid, _Request(row.row, row.row_generation))
             request.num_steps += 1
@@ -169,20 +184,26 @@ class SegmentPlanner:
                 continue
             is_sparse = True
             for segment, extent in self._wanted(num_clustered, request):
-                if len(orders) >= limit:
-                    break
+                early = self.early.claim(row.rid, segment, extent)
+                if early is not None:
+                    self.stats.early_builds += 1
+                elif num_begun >= limit:
+                    continue
                 # a request's first orders are mostly of segments that are there already; only what
                 # the feedback has missed is worth another's place, unless the step must be sparse
                 may_be_shared = extent == self.config.segment_size and request.is_admission
-                place = self._take_place(strict or not may_be_shared)
+                place = early.place if early else self._take_place(strict or not may_be_shared)
                 if not place:
                     place = self._own_place(request, segment, extent)
                 if not place:
                     starved.add(row.rid)
-                else:
-                    orders.append(BuildOrder(row.row, segment, extent, place))
-                    order_rids.append(row.rid)
-                    self._note_order(request, orders[-1])
+                    continue
+                num_begun += early is None
+                orders.append(early or BuildOrder(row.row, segment, extent, place))
+                order_rids.append(row.rid)
+                self._note_order(request, orders[-1])
+            self._expect_next(row, request, num_clustered)
+        slices = self.early.slices(self.step, self._take_place_early) if is_sparse else []
         kills, self._kills = self._kills, []
         return StepPlan(
             self.step,
@@ -194,6 +215,8 @@ class SegmentPlanner:
             frozenset(starved),
             is_sparse,
             is_oversized,
+            slices,
+            self.early.take_cancelled(),
         )
 
     def num_clustered(self, row: DecodeRow, num_rows: int) -> int:
@@ -228,6 +251,19 @@ class SegmentPlanner:
             wanted.append((num_sealed, open_extent))
         return wanted
 
+    def _expect_next(self, row: DecodeRow, request: _Request, num_clustered: int) -> None:
+        """Let the row's next clustering begin, once all its tokens are in the KV pool.
+
+        The pool has what the steps before have written: all tokens but the row's last.
+        """
+        interval, size = self.config.recluster_interval, self.config.segment_size
+        end = num_clustered + interval
+        if request.is_admission or request.ordered != num_clustered or end >= row.seq_len:
+            return
+        segment = (end - 1) // size
+        due_step = self.step + end + interval - row.seq_len
+        self._free(self.early.expect(row.rid, row.row, segment, end - segment * size, due_step))
+
     def _own_place(self, request: _Request, segment: int, extent: int) -> int:
         """The place of the request's open segment, if these tokens replace or seal it; or 0.
 
@@ -241,10 +277,10 @@ class SegmentPlanner:
     def _note_order(self, request: _Request, order: BuildOrder) -> None:
         size = self.config.segment_size
         end = order.segment * size + order.extent
-        if end >= request.ordered and request.open_place:
+        if end >= request.ordered:
             # this order replaces or seals the open segment; the device works in order, so the old
             # place can be given out again at once
-            self.free.append(request.open_place)
+            self._free(request.open_place)
             request.open_place = 0
         request.missing.discard(order.segment)
         request.ordered = max(request.ordered, end)
@@ -255,17 +291,31 @@ class SegmentPlanner:
 
     def _release(self, rid: str) -> None:
         request = self.requests.pop(rid)
-        if request.open_place:
-            self.free.append(request.open_place)
+        self._free(request.open_place)
+        self._free(self.early.drop(rid))
+
+    def _free(self, place: int) -> None:
+        """Give a place back, 0 for none; what the device has launched for it comes first."""
+        if place:
+            self.free.append(place)
 
     def _take_place(self, may_evict: bool) -> int:
         """A free place, or 0."""
+        if not self.free:
+            # what is wanted now goes before what will be
+            self._free(self.early.drop_latest())
         if not self.free and may_evict:
             self._evict()
         if self.free:
             return self.free.pop()
         self.stats.orders_without_place += may_evict
         return 0
+
+    def _take_place_early(self) -> int:
+        """A free place for what is not wanted yet, or 0."""
+        if not self.free:
+            self._evict()
+        return self.free.pop() if self.free else 0
 
     def _evict(self) -> None:
         """Free the least recently used eighth of the sealed places, none of them in use."""
@@ -336,10 +386,11 @@ class SegmentPlanner:
             RuntimeError: a place is lost or has two owners.
         """
         opened = [r.open_place for r in self.requests.values() if r.open_place]
-        owned = [*self.free, *self.sealed, *self.in_order, *opened]
+        owned = [*self.free, *self.sealed, *self.in_order, *opened, *self.early.places]
         if sorted(owned) != list(range(1, self.num_places)):
             raise RuntimeError(
                 f"SegmentPlanner: free({len(self.free)}) + sealed({len(self.sealed)}) + "
-                f"ordered({len(self.in_order)}) + open({len(opened)}) != "
+                f"ordered({len(self.in_order)}) + open({len(opened)}) + "
+                f"early({len(self.early.places)}) != "
                 f"places({self.num_places - 1}), or one has two owners"
             )

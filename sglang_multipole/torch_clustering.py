@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 
 import torch
 
@@ -17,6 +18,20 @@ MAX_SCRATCH = 1 << 30
 Order = tuple[int, int, int, int]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Tokens:
+    """What is clustered in some layers: slots, positions [M, T] int64, into places [M].
+
+    segments: [M]. num_sinks: tokens before the first of them that are in no cluster.
+    """
+
+    slots: torch.Tensor
+    positions: torch.Tensor
+    places: torch.Tensor
+    segments: torch.Tensor
+    num_sinks: int
+
+
 class TorchClustering:
     """Writes the payload of orders (row, segment, extent, place) by reference.cluster_segment."""
 
@@ -26,6 +41,19 @@ class TorchClustering:
     def cluster(self, orders: Sequence[Order]) -> None:
         for group in self._groups(orders):
             self._build(group)
+
+    def slices(self, order: Order) -> Generator[None]:
+        """Do the same for one order in num_slices slices, one with each `next`: two a layer."""
+        tokens = self._tokens([order])
+        for layer in range(len(self.layers)):
+            layers = range(layer, layer + 1)
+            cluster_ids = self._cluster_ids(layers, tokens)
+            yield
+            self._store(layers, tokens, cluster_ids)
+            yield
+
+    def num_slices(self) -> int:
+        return 2 * len(self.layers)
 
     def _groups(self, orders: Sequence[Order]) -> Iterator[list[Order]]:
         """The orders by equal numbers of tokens, which only the first segment's sinks change."""
@@ -47,44 +75,49 @@ class TorchClustering:
         return max(MAX_SCRATCH // (4 * shape.num_kv_heads * num_tokens * columns), 1)
 
     def _build(self, orders: list[Order]) -> None:
-        config, extent = self.pool.config, orders[0][2]
+        tokens = self._tokens(orders)
+        layers_at_once = max(self._max_pairs(orders[0][2]) // len(orders), 1)
+        for begin in range(0, len(self.layers), layers_at_once):
+            layers = range(begin, min(begin + layers_at_once, len(self.layers)))
+            self._store(layers, tokens, self._cluster_ids(layers, tokens))
+
+    def _tokens(self, orders: list[Order]) -> _Tokens:
+        """The tokens of orders that have equally many."""
+        config = self.pool.config
         table = torch.tensor(orders, device=self.req_to_token.device)
         rows, segments, _, places = table.unbind(1)
         num_sinks = config.num_sink_tokens if orders[0][1] == 0 else 0
-        offset = torch.arange(num_sinks, extent, device=table.device)
+        offset = torch.arange(num_sinks, orders[0][2], device=table.device)
         positions = segments.unsqueeze(-1) * config.segment_size + offset
         slots = self.req_to_token[rows.unsqueeze(-1), positions].long()
-        layers_at_once = max(self._max_pairs(extent) // len(orders), 1)
-        for begin in range(0, len(self.layers), layers_at_once):
-            layers = range(begin, min(begin + layers_at_once, len(self.layers)))
-            self._build_layers(layers, slots, positions, places, segments, num_sinks)
+        return _Tokens(slots, positions, places, segments, num_sinks)
 
-    def _build_layers(
-        self,
-        layers: range,
-        slots: torch.Tensor,
-        positions: torch.Tensor,
-        places: torch.Tensor,
-        segments: torch.Tensor,
-        num_sinks: int,
-    ) -> None:
-        """Cluster tokens at slots, positions [M, T] in some layers into places [M]."""
-        pool, config = self.pool, self.pool.config
-        num_tokens = slots.shape[1]
-        num_clusters = -(-num_tokens // config.tokens_per_cluster)
-        # [layers, M, H, T, D]
-        keys = torch.stack([self.layers[i].key_buffer[slots].transpose(1, 2) for i in layers])
-        values = torch.stack([self.layers[i].value_buffer[slots].transpose(1, 2) for i in layers])
-        cluster_ids = reference.cluster_segment(
-            self._features(layers, keys, positions),
-            num_clusters,
+    def _num_clusters(self, tokens: _Tokens) -> int:
+        return -(-tokens.slots.shape[1] // self.pool.config.tokens_per_cluster)
+
+    def _cluster_ids(self, layers: range, tokens: _Tokens) -> torch.Tensor:
+        """[layers, M, H, T] int64."""
+        config = self.pool.config
+        keys = self._heads_of(tokens, [self.layers[i].key_buffer for i in layers])
+        return reference.cluster_segment(
+            self._features(layers, keys, tokens.positions),
+            self._num_clusters(tokens),
             config.max_cluster_size,
             config.num_lloyd_iters,
-            segments.unsqueeze(-1),  # [M, 1] against [layers, M, H]
+            tokens.segments.unsqueeze(-1),  # [M, 1] against [layers, M, H]
         )
-        members = cluster_ids.argsort(dim=-1, stable=True) + num_sinks
+
+    def _store(self, layers: range, tokens: _Tokens, cluster_ids: torch.Tensor) -> None:
+        keys = self._heads_of(tokens, [self.layers[i].key_buffer for i in layers])
+        values = self._heads_of(tokens, [self.layers[i].value_buffer for i in layers])
+        members = cluster_ids.argsort(dim=-1, stable=True) + tokens.num_sinks
+        num_clusters = self._num_clusters(tokens)
         summary = reference.summarize_clusters(keys, values, cluster_ids, num_clusters)
-        pool.store(slice(layers.start, layers.stop), places, summary, members)
+        self.pool.store(slice(layers.start, layers.stop), tokens.places, summary, members)
+
+    def _heads_of(self, tokens: _Tokens, buffers: Sequence[torch.Tensor]) -> torch.Tensor:
+        """[len(buffers), M, H, T, D]."""
+        return torch.stack([buffer[tokens.slots].transpose(1, 2) for buffer in buffers])
 
     def _features(self, layers: range, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """What is clustered: the keys without their rotary position, [layers, M, H, T, D]."""

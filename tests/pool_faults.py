@@ -13,8 +13,10 @@ import torch
 
 from sglang_multipole import sglang_compat
 from sglang_multipole.cluster_pool import ClusterPool
+from sglang_multipole.early_builds import EarlyBuilds
 from sglang_multipole.runtime import MultipoleRuntime
-from sglang_multipole.segment_planner import SegmentPlanner
+from sglang_multipole.segment_builder import BuildOrder, SegmentBuilder
+from sglang_multipole.segment_planner import DecodeRow, SegmentPlanner
 
 
 def generation_not_bumped(patch: pytest.MonkeyPatch) -> None:
@@ -95,6 +97,56 @@ def host_state_survives_its_request(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(sglang_compat, "decode_rows", without_generation)
 
 
+def place_begun_leaked(patch: pytest.MonkeyPatch) -> None:
+    """A request that ends keeps the place of its next clustering."""
+    patch.setattr(EarlyBuilds, "_cancel", lambda builds, build: 0)
+
+
+def given_up_clustering_goes_on(patch: pytest.MonkeyPatch) -> None:
+    """The device does not hear that a clustering is given up; its order may come again."""
+    patch.setattr(EarlyBuilds, "take_cancelled", lambda builds: [])
+
+
+def half_written_place_found(patch: pytest.MonkeyPatch) -> None:
+    """A place that is written over several steps is as findable as it was before."""
+    kill, describe = ClusterPool.kill, ClusterPool.describe
+
+    def describe_alone(pool: ClusterPool, places: torch.Tensor, slots: torch.Tensor) -> None:
+        patch.setattr(ClusterPool, "kill", lambda *_: None)
+        describe(pool, places, slots)
+        patch.setattr(ClusterPool, "kill", kill)
+
+    patch.setattr(ClusterPool, "describe", describe_alone)
+
+
+def begun_one_token_too_early(patch: pytest.MonkeyPatch) -> None:
+    """A clustering begins in the step that writes the last of its tokens."""
+    expect_next = SegmentPlanner._expect_next
+
+    def with_the_steps_own(
+        planner: SegmentPlanner, row: DecodeRow, request: object, num_clustered: int
+    ) -> None:
+        longer = dataclasses.replace(row, seq_len=row.seq_len + 1)
+        expect_next(planner, longer, request, num_clustered)
+
+    patch.setattr(SegmentPlanner, "_expect_next", with_the_steps_own)
+
+
+def published_as_soon_as_done(patch: pytest.MonkeyPatch) -> None:
+    """The longer clustering takes the place of the one that the row still has."""
+    advance = SegmentBuilder.advance
+
+    def advance_and_publish(builder: SegmentBuilder, order: BuildOrder, num_slices: int) -> None:
+        advance(builder, order, num_slices)
+        if not builder._begun[order].num_left:
+            rows, segments, extents, places = builder._columns([order])
+            slots = builder._slots(rows, segments, order.extent)
+            is_sealed = order.extent == builder.pool.config.segment_size
+            builder.pool.publish(places, slots, rows, extents, int(is_sealed))
+
+    patch.setattr(SegmentBuilder, "advance", advance_and_publish)
+
+
 FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     fault.__name__: fault
     for fault in (
@@ -105,5 +157,10 @@ FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
         open_place_leaked,
         open_segment_survives_its_request,
         host_state_survives_its_request,
+        place_begun_leaked,
+        given_up_clustering_goes_on,
+        half_written_place_found,
+        begun_one_token_too_early,
+        published_as_soon_as_done,
     )
 }

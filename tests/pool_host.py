@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from array import array
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from types import SimpleNamespace
 
 import numpy as np
@@ -30,6 +30,7 @@ from tests.pool_slots import SlotWatch
 
 HEADS, GROUP, DIM = 2, 2, 4
 NUM_TABLE_ROWS = 8191
+IDLE_SLICES = 5  # behind each that does something
 
 
 def small_config(**changes: object) -> MultipoleConfig:
@@ -50,6 +51,19 @@ def small_config(**changes: object) -> MultipoleConfig:
     )
     object.__setattr__(config, "segment_size", 32)
     return config
+
+
+class ManySlices(TorchClustering):
+    """As slow as with many layers: two requests at once need every step of an interval."""
+
+    def slices(self, order: tuple[int, int, int, int]) -> Generator[None]:
+        for _ in super().slices(order):
+            for _ in range(IDLE_SLICES):
+                yield
+            yield
+
+    def num_slices(self) -> int:
+        return (1 + IDLE_SLICES) * super().num_slices()
 
 
 @dataclasses.dataclass
@@ -101,7 +115,7 @@ class PoolHost:
         )
         shape = PoolShape(1, HEADS, DIM, num_slots + 1, num_rows + 1, torch.float32, "cpu")
         pool = ClusterPool(config, shape, num_places)
-        clustering = TorchClustering(pool, [self.layer], self.req_to_token)
+        clustering = ManySlices(pool, [self.layer], self.req_to_token)
         builder = SegmentBuilder(pool, clustering, self.req_to_token)
         self.path = TorchPath(pool, [self.layer], self.req_to_token)
         self.runtime = MultipoleRuntime(config, pool, builder, self.path)
@@ -228,7 +242,7 @@ class PoolHost:
         before = torch.tensor([r.kv_committed_len for r in batch])
         slots = alloc_token_slots(self.tree, len(batch))
         self.req_to_token_pool.write((rows, before), slots.int())
-        self._write_kv(slots, np.array([r.path[r.kv_committed_len] for r in batch]))
+        last = np.array([r.path[r.kv_committed_len] for r in batch])
         for request in batch:
             request.kv_committed_len += 1
         scheduled = SimpleNamespace(
@@ -241,6 +255,8 @@ class PoolHost:
             sglang_compat.decode_rows(scheduled, self.config), [r.activity for r in batch]
         )
         self.runtime.begin_step(rows, before + 1)
+        # the forward's own: what begins before it finds the slots as they were
+        self._write_kv(slots, last)
         feedback = self.runtime.end_step()
         self.after_step(batch, feedback)
         for request in batch:

@@ -38,6 +38,7 @@ def test_no_operation_breaks_the_pool(name: str) -> None:
     assert min(machine.oracle.counts.values()) > per_setting // 2000, machine.oracle.counts
     stats = machine.host.runtime.planner.stats
     assert min(stats.segments_built, stats.segments_shared) > per_setting // 100
+    assert stats.early_builds > per_setting // 100
 
 
 class PoolStateMachine(RuleBasedStateMachine):
@@ -119,6 +120,11 @@ SETTING_OF_FAULT = {
     "open_place_leaked": "overlap-ample",
     "open_segment_survives_its_request": "plain-full",
     "host_state_survives_its_request": "plain-few-rows",
+    "place_begun_leaked": "overlap-ample",
+    "given_up_clustering_goes_on": "overlap-ample",
+    "half_written_place_found": "overlap-ample",
+    "begun_one_token_too_early": "plain-few-rows",
+    "published_as_soon_as_done": "overlap-ample",
 }
 OPERATIONS_TO_CATCH = 2400
 OPERATIONS_PER_SEED = 800

@@ -231,16 +231,18 @@ def test_a_segment_is_the_same_bits_in_whatever_company():
 @pytest.mark.kernel
 def test_a_segment_is_the_same_bits_in_slices():
     """A slice finds in memory what the one before has left, and nothing else."""
-    at_once = make_clustering_case(centroid_dtype=torch.int8, num_kv_heads=1)
-    sliced = make_clustering_case(centroid_dtype=torch.int8, num_kv_heads=1)
-    at_once.clustering.cluster(ORDERS)
-    running = [sliced.clustering.slices(order) for order in ORDERS]
+    orders = [(0, 0, 96, 3), (1, 3, 64, 7)]
+    at_once, sliced = (
+        make_clustering_case(centroid_dtype=torch.int8, num_layers=3) for _ in range(2)
+    )
+    at_once.clustering.cluster(orders)
+    running = [sliced.clustering.slices(order) for order in orders]
     # by turns, so that each finds the others' slices between its own
     for _ in range(sliced.clustering.num_slices()):
         for slices in running:
             next(slices)
     assert all(next(slices, "ended") == "ended" for slices in running)
-    for order in ORDERS:
+    for order in orders:
         assert_same_payload(at_once, sliced, order)
 
 

@@ -9,9 +9,8 @@ summarize        two: centroids, scales, variances; pair weights
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 
 import torch
 
@@ -72,23 +71,19 @@ class SegmentClustering:
             for some, layers in self.chunks(len(alike), block):
                 self._cluster_chunk(table[some], layers, block)
 
-    def slices(self, order: tuple[int, int, int, int]) -> Iterator[None]:
-        """Write the payload of one order in num_slices parts, one with each `next`.
+    def slices(self, order: tuple[int, int, int, int]) -> Generator[None]:
+        """Write the payload of one order in num_slices slices, one with each `next`.
 
-        The same bits as `cluster` writes. Between two parts the scratch of some layers is held.
+        The same bits as `cluster` writes. Between two slices the scratch of some layers is held.
         """
         _, segment, extent, _ = order
         block = self.geometry.block_clusters(extent, segment)
         table = make_orders([order], self.req_to_token.device)
         for layers in self._slice_layers():
-            for launch in self._slices_of_layers(self._batch(table, layers, block)):
-                launch()
-                yield
+            yield from self._cluster_in_slices(self._batch(table, layers, block))
 
     def num_slices(self) -> int:
-        """Parts of an order's clustering, of about as much time each where orders are alike."""
-        slices_of_layers = num_passes(self.geometry) + 3
-        return len(self._slice_layers()) * slices_of_layers
+        return len(self._slice_layers()) * (num_passes(self.geometry) + 3)
 
     def _slice_layers(self) -> list[range]:
         """All layers, in as few parts as let each unit have a multiprocessor, and alike."""
@@ -98,14 +93,17 @@ class SegmentClustering:
         bounds = [num_layers * nth // parts for nth in range(parts + 1)]
         return [range(*pair) for pair in itertools.pairwise(bounds)]
 
-    def _slices_of_layers(self, batch: ClusteringBatch) -> list[Callable[[], None]]:
+    def _cluster_in_slices(self, batch: ClusteringBatch) -> Generator[None]:
+        write_features(batch)
+        yield
         passes = range(num_passes(self.geometry))
-        return [
-            functools.partial(write_features, batch),
-            *(functools.partial(kmeans, batch, passes[nth : nth + 1]) for nth in passes),
-            functools.partial(sort_members, batch, self.pool),
-            functools.partial(summarize, batch, self.pool),
-        ]
+        for nth in passes:
+            kmeans(batch, passes[nth : nth + 1])
+            yield
+        sort_members(batch, self.pool)
+        yield
+        summarize(batch, self.pool)
+        yield
 
     def _batch(self, orders: torch.Tensor, layers: range, block_clusters: int) -> ClusteringBatch:
         return ClusteringBatch(
