@@ -38,6 +38,7 @@ def workspace_bytes(config: MultipoleConfig, kvc: Any, budget_bytes: int) -> int
     """
     from sglang.srt.runtime_context import get_parallel
 
+    from multipole_kernels.launch_config import launch_config
     from sglang_multipole import sglang_compat
     from sglang_multipole.step_buffers import StepBuffers, StepShape
 
@@ -55,9 +56,15 @@ def workspace_bytes(config: MultipoleConfig, kvc: Any, budget_bytes: int) -> int
         gqa_group_size=sglang_compat.gqa_group_size_of(model_config, num_kv_heads, tp_size),
         head_dim=model_config.head_dim,
     )
-    buffers = StepBuffers(config, shape, "meta", f"{kvc.device}:{kvc.gpu_id}")
+    card = torch.device(f"{kvc.device}:{kvc.gpu_id}")
+    buffers = StepBuffers(config, shape, "meta", card)
     scratch = clustering_scratch_bytes(
-        config, num_layers, num_kv_heads, model_config.head_dim, kvc.kv_cache_dtype
+        config,
+        num_layers,
+        num_kv_heads,
+        model_config.head_dim,
+        kvc.kv_cache_dtype,
+        launch_config(card).num_sms,
     )
     return buffers.nbytes + scratch
 
@@ -68,9 +75,10 @@ def clustering_scratch_bytes(
     num_kv_heads: int,
     head_dim: int,
     kv_dtype: torch.dtype,
+    num_sms: int,
 ) -> int:
-    """Bytes that a step's clustering on a GPU needs while it runs, at most."""
-    from multipole_kernels.segment_clustering import scratch_bytes
+    """Bytes of a step's clustering on a GPU and of one under way in slices, at most."""
+    from multipole_kernels.segment_clustering import scratch_bytes, slice_scratch_bytes
     from sglang_multipole import torch_clustering
     from sglang_multipole.triton_clustering import geometry_of
 
@@ -80,7 +88,8 @@ def clustering_scratch_bytes(
         return torch_clustering.MAX_SCRATCH
     # strict activation bounds nothing
     num_orders = 1 << 30 if config.strict_activation else config.max_builds_per_step
-    return scratch_bytes(geometry, num_layers, num_orders)
+    in_slices = slice_scratch_bytes(geometry, num_layers, num_sms)
+    return scratch_bytes(geometry, num_layers, num_orders) + in_slices
 
 
 def bytes_of_shape(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from multipole_kernels.clustering_batch import ClusteringBatch
-from multipole_kernels.segment_clustering import SegmentClustering
+from multipole_kernels.segment_clustering import SegmentClustering, layers_of_slices
 from sglang_multipole import memory, torch_clustering
 from sglang_multipole.cluster_pool import ClusterPool, PoolShape, place_bytes
 from sglang_multipole.config import MultipoleConfig
@@ -44,22 +44,31 @@ def test_headroom_is_chosen_or_given():
     assert memory.num_places(given, 2048 * 160 + 1) == 161 + 50 + 1
 
 
+NUM_SMS = 132
+
+
 def scratch_held(config: MultipoleConfig, layers: int, heads: int, dim: int, orders: int) -> int:
-    """The largest scratch of a chunk of a clustering of so many orders, of any extent."""
+    """Scratch of a clustering of so many orders, of any extent, and of one in slices."""
     geometry = geometry_of(config, heads, dim, torch.bfloat16, dim // 2)
     table = torch.empty(layers, 4, dtype=torch.int64, device="meta")
     clustering = SegmentClustering(geometry, None, table, table)
-    most, extent = 0, config.segment_size
+
+    def of_batch(num_orders: int, some_layers: range) -> int:
+        rows = torch.empty(num_orders, 4, dtype=torch.int32, device="meta")
+        batch = ClusteringBatch(geometry, rows, table, table, some_layers, block)
+        held = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
+        return sum(t.nbytes for t in held if t is not table and t is not rows)
+
+    at_once = in_slices = 0
+    extent = config.segment_size
     while extent >= config.recluster_interval:
         block = geometry.block_clusters(extent, 1)
-        for some, chunk_layers in clustering.chunks(orders, block):
-            rows = torch.empty(orders, 4, dtype=torch.int32, device="meta")[some]
-            batch = ClusteringBatch(geometry, rows, table, table, chunk_layers, block)
-            held = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
-            held = [tensor for tensor in held if tensor is not table and tensor is not rows]
-            most = max(most, sum(tensor.nbytes for tensor in held))
+        for some, some_layers in clustering.chunks(orders, block):
+            at_once = max(at_once, of_batch(some.stop - some.start, some_layers))
+        for some_layers in layers_of_slices(layers, heads, NUM_SMS):
+            in_slices = max(in_slices, of_batch(1, some_layers))
         extent //= 2
-    return most
+    return at_once + in_slices
 
 
 @pytest.mark.parametrize(
@@ -75,15 +84,24 @@ def test_clustering_stays_within_the_scratch_that_is_charged(
     segment_size, layers, heads, dim, builds
 ):
     config = MultipoleConfig(segment_size=segment_size, max_builds_per_step=builds)
-    charged = memory.clustering_scratch_bytes(config, layers, heads, dim, torch.bfloat16)
+    charged = memory.clustering_scratch_bytes(config, layers, heads, dim, torch.bfloat16, NUM_SMS)
     held = scratch_held(config, layers, heads, dim, builds)
-    assert 0.85 * charged <= held <= charged <= 512 * 2**20
+    assert 0.85 * charged <= held <= charged <= (512 + 160) * 2**20
+
+
+def test_a_part_of_the_layers_gives_each_unit_a_multiprocessor():
+    for layers, heads in ((36, 8), (80, 8), (36, 1), (4, 200)):
+        parts = layers_of_slices(layers, heads, NUM_SMS)
+        assert [layer for part in parts for layer in part] == list(range(layers))
+        sizes = sorted(map(len, parts))
+        assert sizes[-1] * heads <= NUM_SMS or sizes[-1] == 1
+        assert sizes[-1] - sizes[0] <= 1
 
 
 def test_scratch_of_any_number_of_builds_is_bounded():
     strict = MultipoleConfig(segment_size=4096, strict_activation=True)
-    charged = memory.clustering_scratch_bytes(strict, 36, 8, 128, torch.bfloat16)
+    charged = memory.clustering_scratch_bytes(strict, 36, 8, 128, torch.bfloat16, NUM_SMS)
     assert 0.85 * charged <= scratch_held(strict, 36, 8, 128, 1000) <= charged
     no_kernels = MultipoleConfig(segment_size=8192)
-    charged = memory.clustering_scratch_bytes(no_kernels, 36, 8, 128, torch.bfloat16)
+    charged = memory.clustering_scratch_bytes(no_kernels, 36, 8, 128, torch.bfloat16, NUM_SMS)
     assert charged == torch_clustering.MAX_SCRATCH

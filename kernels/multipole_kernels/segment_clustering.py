@@ -41,9 +41,27 @@ def supports(geometry: ClusteringGeometry, clusters_per_segment: int) -> bool:
 
 def scratch_bytes(geometry: ClusteringGeometry, num_layers: int, num_orders: int) -> int:
     """The most scratch that a clustering of so many orders in so many layers holds at a time."""
-    block = geometry.block_clusters(geometry.segment_size, 1)
-    pair_bytes = geometry.num_kv_heads * geometry.unit_bytes(block)
+    pair_bytes = _pair_bytes(geometry)
     return min(num_orders * num_layers * pair_bytes, max(_MAX_SCRATCH, pair_bytes))
+
+
+def slice_scratch_bytes(geometry: ClusteringGeometry, num_layers: int, num_sms: int) -> int:
+    """The most scratch that an order in slices holds."""
+    parts = layers_of_slices(num_layers, geometry.num_kv_heads, num_sms)
+    return max(map(len, parts)) * _pair_bytes(geometry)
+
+
+def _pair_bytes(geometry: ClusteringGeometry) -> int:
+    """Scratch of one sealed segment in one layer."""
+    block = geometry.block_clusters(geometry.segment_size, 1)
+    return geometry.num_kv_heads * geometry.unit_bytes(block)
+
+
+def layers_of_slices(num_layers: int, num_kv_heads: int, num_sms: int) -> list[range]:
+    """All layers in as few parts, equal but for one layer, as give a unit a multiprocessor."""
+    num_parts = -(-num_layers // max(num_sms // num_kv_heads, 1))
+    bounds = [num_layers * nth // num_parts for nth in range(num_parts + 1)]
+    return [range(*pair) for pair in itertools.pairwise(bounds)]
 
 
 @dataclasses.dataclass
@@ -79,19 +97,15 @@ class SegmentClustering:
         _, segment, extent, _ = order
         block = self.geometry.block_clusters(extent, segment)
         table = make_orders([order], self.req_to_token.device)
-        for layers in self._slice_layers():
+        for layers in self._layers_of_slices():
             yield from self._cluster_in_slices(self._batch(table, layers, block))
 
     def num_slices(self) -> int:
-        return len(self._slice_layers()) * (num_passes(self.geometry) + 3)
+        return len(self._layers_of_slices()) * (num_passes(self.geometry) + 3)
 
-    def _slice_layers(self) -> list[range]:
-        """All layers, in as few parts as let each unit have a multiprocessor, and alike."""
-        num_layers, num_heads = len(self.layer_table), self.geometry.num_kv_heads
+    def _layers_of_slices(self) -> list[range]:
         num_sms = launch_config(self.req_to_token.device).num_sms
-        parts = -(-num_layers // max(num_sms // num_heads, 1))
-        bounds = [num_layers * nth // parts for nth in range(parts + 1)]
-        return [range(*pair) for pair in itertools.pairwise(bounds)]
+        return layers_of_slices(len(self.layer_table), self.geometry.num_kv_heads, num_sms)
 
     def _cluster_in_slices(self, batch: ClusteringBatch) -> Generator[None]:
         write_features(batch)
