@@ -9,8 +9,8 @@ with its invariants (check_integrity) and flushes. An error, a dead server, a lo
 a long answer without a sparse step that no full pool explains, ends the run with exit code 1; so
 does a run without answers, aborts, retractions or evictions, which proved nothing. The rows are
 written as they come: `kv_used` and `kv_tokens` are slots of the KV pool in use and in all, `free`
-and `places` those of the cluster pool, `gpu_mib` and `host_mib` the memory of the card and of all
-processes.
+and `places` those of the cluster pool, `gpu_mib` and `host_mib` the memory of the server's
+processes on the card and on the host.
 """
 
 from __future__ import annotations
@@ -237,14 +237,16 @@ class Soak:
 
 
 def gpu_mib() -> int:
-    """Memory in use on the GPU, by whatever runs there, MiB; 0 without one."""
-    index = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
-    command = ["nvidia-smi", f"-i={index}", "--query-gpu=memory.used"]
+    """Memory of the server's processes on the GPU, MiB; 0 where the driver does not tell."""
+    command = ["nvidia-smi", "--query-compute-apps=pid,used_memory"]
     command.append("--format=csv,noheader,nounits")
     try:
-        return int(subprocess.run(command, capture_output=True, text=True).stdout.split()[0])
-    except (OSError, IndexError):
+        lines = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
+    except OSError:
         return 0
+    own = {str(process.pid) for process in psutil.Process().children(recursive=True)}
+    used = dict(line.split(", ") for line in lines if line.count(", ") == 1)
+    return sum(int(mib) for pid, mib in used.items() if pid in own and mib.isdigit())
 
 
 def host_mib() -> int:
