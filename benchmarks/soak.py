@@ -40,6 +40,7 @@ VOCABULARY = 30000
 PHASES = 4
 SAMPLE_SECONDS = 10.0
 DRAIN_SECONDS = 60.0
+CLUSTERINGS = ("segments_built", "segments_evicted", "open_builds", "early_builds")
 JUDGED_TOKENS = 64  # a shorter answer can end before its clusters are built
 
 
@@ -208,7 +209,7 @@ class Soak:
                 **{k: pool[k] for k in ("places", "free", "sealed", "open", "ordered")},
                 "gpu_mib": gpu_mib(),
                 "host_mib": host_mib(),
-                **{k: state["segments"][k] for k in ("segments_built", "segments_evicted")},
+                **{k: state["segments"][k] for k in CLUSTERINGS},
                 **self.counts,
                 **{k: state["totals"][k] for k in ("sparse_steps", "dense_steps")},
                 "pool_full_steps": state["dense_steps"]["pool_full"],

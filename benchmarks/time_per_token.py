@@ -7,8 +7,8 @@ What follows `--` are flags of both servers. Each point is context x batch: that
 random tokens, decoded together. A longer point's prompts begin with those of a shorter one, so that
 the radix cache spares most of the prefills. Only steps in which all of them decode and have their
 clusters are counted; settled_s is the time from the last first token until then, longest_gap_ms the
-longest time between two tokens of a request, from its second on. sparse_steps and dense_steps are
-those of all its steps.
+longest time between two tokens of a request, from its second on. sparse_steps, dense_steps and the
+clusterings (segments_built, open_builds; early_builds of both) are those of all its steps.
 
 The rows `switched_off` are of the multipole server as well: the same requests, each with
 `"multipole": false`, which are steps of SGLang's own dense attention and graphs, without another
@@ -132,6 +132,7 @@ def measure(
     seed, num_tokens = arguments.seed, arguments.num_tokens
     sampling = SAMPLING[kind]
     prompts = [_prompt(f"{seed} {index}", point.context) for index in range(point.batch)]
+    before = _builds(server)
     newcomers = []
     if point.newcomer:
         # long enough to be there when the newcomer has ended
@@ -165,6 +166,7 @@ def measure(
         "second_token_s": round(max(s.times[1] - s.times[0] for s in asked), 3),
         "settled_s": round(max(map(_settled, asked)) - max(s.times[0] for s in asked), 3),
         **_activity([stream.meta_info.get("multipole") for stream in asked]),
+        **{key: number - before[key] for key, number in _builds(server).items()},
     }
 
 
@@ -205,6 +207,13 @@ def _steps_beside(streams: list[TokenStream], newcomer: TokenStream) -> list[flo
 def _prompt(seed: str, num_tokens: int) -> list[int]:
     generator = random.Random(seed)
     return [generator.randrange(100, VOCABULARY) for _ in range(num_tokens)]
+
+
+def _builds(server: LocalServer) -> dict[str, Any]:
+    """Clusterings since the start; early ones are among the others. 0 in a dense server."""
+    state = json.loads(server.get("/server_info"))["internal_states"][0].get("multipole")
+    names = ("segments_built", "open_builds", "early_builds")
+    return {name: state["segments"][name] if state else 0 for name in names}
 
 
 def _activity(activities: list[dict[str, int] | None]) -> dict[str, Any]:
