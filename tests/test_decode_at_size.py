@@ -107,3 +107,58 @@ def test_equal_scores_take_the_first_clusters(launches, centroid_dtype):
         truth = attention_given_selection(case, nth, taken)
         baseline = attention_given_selection(case, nth, taken, case.q.dtype)
         assert_error_within(f"row {nth}", out[nth], truth, baseline)
+
+
+@pytest.mark.parametrize("teams", [(), (Team(max_row_heads=1 << 30, blocks=2),)], ids=["3", "1"])
+def test_launches_that_overlap_give_the_bits_of_those_that_do_not(teams):
+    """Beside other work, right behind each other, in a graph: nothing is read too early."""
+    config = launch_config(torch.device("cuda"))
+    if not config.overlap_launches:
+        pytest.skip("the configuration of this GPU overlaps no launches")
+    case = make_case(
+        2 * LENGTHS,
+        2 * BUDGETS,
+        num_kv_heads=8,
+        gqa_group_size=4,
+        centroid_dtype=torch.int8,
+        config=dataclasses.replace(config, teams=teams),
+        **DEFAULTS,
+    )
+    queries = [case.q * factor for factor in (1.0, 0.7, 1.3)]
+    case.q = torch.empty_like(case.q)
+    outs = [torch.empty_like(case.q) for _ in range(36)]
+
+    def run_layers(times_each: int) -> None:
+        for nth, out in enumerate(outs):
+            if nth % times_each == 0:
+                case.q.copy_(queries[nth // times_each % len(queries)])
+            case.decode(out=out)
+
+    def assert_bits(run, times_each: int) -> None:
+        for out in outs:
+            out.fill_(torch.nan)
+        run()
+        torch.cuda.synchronize()
+        for nth, out in enumerate(outs):
+            assert torch.equal(out, expected[nth // times_each % len(queries)]), nth
+
+    overlapped = case.workspace.config
+    case.workspace.config = dataclasses.replace(overlapped, overlap_launches=False)
+    run_layers(1)
+    expected = [out.clone() for out in outs[: len(queries)]]
+    case.workspace.config = overlapped
+    graph = torch.cuda.CUDAGraph()
+    run_layers(4)
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        run_layers(4)
+    other = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
+    beside = torch.cuda.Stream()
+    for has_work_beside in (False, True):
+        for times_each in (1, 4):
+            if has_work_beside:
+                with torch.cuda.stream(beside):
+                    for _ in range(20):
+                        other @ other
+            assert_bits(lambda n=times_each: run_layers(n), times_each)
+        assert_bits(graph.replay, 4)

@@ -6,7 +6,7 @@ books are balanced; after each decode step the oracle (pool_oracle.py) compares 
 requests' own tokens. A failure of the seeded test names the seed and the operation.
 
 MULTIPOLE_POOL_OPERATIONS is the number of operations over all settings of the seeded test, in place
-of 40,000: about eight times in each setting what the slowest deliberate fault takes to be caught.
+of 40,000: in each setting four times what the slowest deliberate fault takes to be caught.
 """
 
 from __future__ import annotations
