@@ -137,7 +137,11 @@ def test_a_step_in_one_launch_compiles(sm, blocks, head_dim, gqa_group_size, dty
     )
     team = Team(8, blocks, blocks_per_sm=2)
     constants = team_constants(dtype, case.pool_layer, case.workspace, team)
-    assert compile_cubin("team_decode.cu", constants, divmod(sm, 10)).startswith(b"\x7fELF")
+    for long_rows in (0, 1):
+        binary = compile_cubin(
+            "team_decode.cu", constants | {"LONG_ROWS": long_rows}, divmod(sm, 10)
+        )
+        assert binary.startswith(b"\x7fELF")
 
 
 def test_a_cuda_kernel_that_does_not_compile_tells_why():

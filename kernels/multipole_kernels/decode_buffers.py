@@ -158,7 +158,7 @@ class DecodeWorkspace:
         self.exact_acc = new(max_exact_blocks, gqa_group_size, head_dim)
         # what a team's block does not hold in shared memory
         self.team_long_scores = new(
-            max_items if self._has_long_shares() else 0,
+            max_items if any(map(self.has_long_shares, self.config.teams)) else 0,
             num_kv_heads,
             clusters_per_segment,
             gqa_group_size + gqa_group_size % 2,
@@ -200,13 +200,12 @@ class DecodeWorkspace:
         needed = -(-self.max_items_per_row // team.blocks) + 1
         return self.clusters_per_segment * min(fits, needed)
 
-    def _has_long_shares(self) -> bool:
+    def has_long_shares(self, team: Team) -> bool:
+        """Whether a block of it may have more clusters than it holds in shared memory."""
         row_clusters = self.max_items_per_row * self.clusters_per_segment
-        return any(
-            row_clusters <= team.max_row_clusters
-            and -(-row_clusters // team.blocks) > self.team_resident_clusters(team)
-            for team in self.config.teams
-        )
+        return row_clusters <= team.max_row_clusters and -(
+            -row_clusters // team.blocks
+        ) > self.team_resident_clusters(team)
 
     def num_chunks(self, num_rows: int) -> int:
         """The most chunks a batch of num_rows rows is cut into.

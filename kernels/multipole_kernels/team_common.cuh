@@ -4,7 +4,12 @@
 // for its share of the row's clusters of keys.
 //
 // Given by the launcher: NUM_KV_HEADS, GROUP, HEAD_DIM, CLUSTERS, SEGMENT_SIZE, TEAM, THREADS,
-// BLOCKS_PER_SM, QUERY_IS_BF16, CENTROIDS (0: of the query's type, 1: int8, 2: float8 e4m3).
+// BLOCKS_PER_SM, QUERY_IS_BF16, CENTROIDS (0: of the query's type, 1: int8, 2: float8 e4m3), LONG_ROWS
+// (whether a block's share may be longer than shared memory holds).
+//
+// Between two launches a server reads a layer's weights, so that a launch finds its code in memory, not
+// in a cache, and executes most of it once: loops are unrolled where loads are to be in flight together,
+// and nowhere else.
 
 #pragma once
 
@@ -14,6 +19,9 @@ constexpr int WARPS = THREADS / 32;
 constexpr int UNIT = 16;  // clusters or tokens that are the rows of one product
 constexpr int HEAD_TILES = (GROUP + 7) / 8;        // columns of a product are 8 query heads
 constexpr int HEAD_STRIDE = GROUP + GROUP % 2;     // floats of one cluster's scores
+// query heads of which each is summed by so many lanes
+constexpr int HEAD_SUMS = GROUP <= 1 ? 1 : GROUP <= 2 ? 2 : GROUP <= 4 ? 4 : GROUP <= 8 ? 8 : 16;
+constexpr int SUM_LANES = 32 / HEAD_SUMS;
 constexpr bool EIGHT_BITS = CENTROIDS != 0;
 constexpr int CENTROID_BYTES = EIGHT_BITS ? 1 : 2;
 constexpr float LOG2_E = 1.4426950408889634f;
@@ -33,7 +41,7 @@ constexpr int CLUSTER_LANES = 16;
 constexpr int BLOCK_SLOTS = 1536;  // selected tokens that a block is told of
 
 static_assert(TEAM >= 2 && TEAM <= 16 && (TEAM & (TEAM - 1)) == 0, "TEAM");
-static_assert(THREADS >= BINS && THREADS <= 1024 && THREADS % 32 == 0, "THREADS");
+static_assert(THREADS >= BINS && 2 * WARPS <= 32 && THREADS % 32 == 0, "THREADS");
 static_assert(CLUSTERS % UNIT == 0 && HEAD_DIM % 32 == 0 && GROUP >= 1 && GROUP <= 16, "geometry");
 static_assert(SEGMENT_SIZE % 8 == 0, "members come in 16 bytes");
 static_assert(TEAM * GROUP <= THREADS, "a team's exchanges");
@@ -196,6 +204,26 @@ __device__ __forceinline__ float warp_sum(float x) {
   return x;
 }
 
+// The sum over the warp of one of HEAD_SUMS numbers: a lane gets number lane / SUM_LANES.
+//
+// Each step halves what a lane still sums; the order of additions is warp_sum's.
+__device__ __forceinline__ float warp_sums(float (&x)[HEAD_SUMS], int lane) {
+#pragma unroll
+  for (int half = HEAD_SUMS / 2; half > 0; half /= 2) {
+    const int distance = half * SUM_LANES;
+    const bool upper = lane & distance;
+#pragma unroll
+    for (int i = 0; i < half; ++i) {
+      const float other = __shfl_xor_sync(FULL_WARP, upper ? x[i] : x[i + half], distance);
+      x[i] = (upper ? x[i + half] : x[i]) + other;
+    }
+  }
+#pragma unroll
+  for (int distance = SUM_LANES / 2; distance > 0; distance /= 2)
+    x[0] += __shfl_xor_sync(FULL_WARP, x[0], distance);
+  return x[0];
+}
+
 __device__ __forceinline__ float warp_max(float x) {
   // as integers that are ordered as the floats are
   const u32 bits = __float_as_uint(x);
@@ -236,10 +264,15 @@ __device__ __forceinline__ u32 pack_halves(float low, float high) {
   return packed;
 }
 
+// A slot's row in a layer's keys or values; base: of slot 0, stride in elements.
+__device__ __forceinline__ const u8* row_of_slot(const u8* base, int slot, int stride) {
+  return base + (u64)(u32)slot * (2 * (u32)stride);
+}
+
 // Bring a row of global memory into L2.
-__device__ __forceinline__ void prefetch_row(const u16* row) {
+__device__ __forceinline__ void prefetch_row(const u8* row) {
 #pragma unroll
-  for (int at = 0; at < HEAD_DIM; at += 64)
+  for (int at = 0; at < 2 * HEAD_DIM; at += 128)
     asm volatile("prefetch.global.L2 [%0];" ::"l"(row + at));
 }
 

@@ -40,7 +40,8 @@ __device__ __forceinline__ Share share_of_block(const Arguments& a, Shared& shar
   share.spread = reinterpret_cast<float*>(share.ranks + a.resident_clusters);
   share.places = reinterpret_cast<int*>(share.spread +
                                         (a.resident_clusters / CLUSTERS + 1) * HEAD_STRIDE);
-  share.resident = num_clusters <= a.resident_clusters;
+  share.resident = !LONG_ROWS || num_clusters <= a.resident_clusters;
+  if constexpr (!LONG_ROWS) return share;
   const size_t first = (size_t)item_begin * (NUM_KV_HEADS * CLUSTERS) +
                        (size_t)kv_head * (units * UNIT) + first_unit * UNIT;
   share.long_scores = a.long_scores + first * HEAD_STRIDE;
@@ -86,6 +87,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
   u32 num_selected = 0;
   if (share.row_clusters > 0) {
     if (share.resident)
+#pragma unroll 1
       for (u32 segment = threadIdx.x; segment < share.num_segments(); segment += THREADS)
         share.places[segment] =
             a.item_place[share.item_begin + share.first_cluster / CLUSTERS + segment];

@@ -120,4 +120,5 @@ def team_constants(
         "BLOCKS_PER_SM": team.blocks_per_sm,
         "QUERY_IS_BF16": int(dtype == torch.bfloat16),
         "CENTROIDS": _CENTROIDS.get(pool_layer.key_centroids.dtype, 0),
+        "LONG_ROWS": int(workspace.has_long_shares(team)),
     }

@@ -27,9 +27,8 @@ struct Deal {
 __device__ __forceinline__ void put_slot(const Share& share, int* slots, const Deal& deal, u32 nth,
                                          int slot) {
   slots[nth] = slot;
-  const size_t row = (size_t)slot * share.a.stride_slot + share.kv_head * HEAD_DIM;
-  prefetch_row(share.a.k_cache + row);
-  prefetch_row(share.a.v_cache + row);
+  prefetch_row(row_of_slot(share.keys(), slot, share.a.stride_slot));
+  prefetch_row(row_of_slot(share.values(), slot, share.a.stride_slot));
   if (!deal.is_told()) return;
   const int to = deal.block_of(nth);
   tell(Remote(share.shared, &share.shared.slots[nth - to * deal.of_block], SLOTS, to), (u32)slot);
@@ -116,6 +115,7 @@ __device__ u32 list_selected(const Share& share, u64 end) {
   const u32 warp_begin = warp * share.warp_clusters();
   const u32 warp_end = min(warp_begin + share.warp_clusters(), share.num_clusters);
   const Deal deal(row_tokens);
+#pragma unroll 1
   for (u32 list_begin = 0; list_begin < num_listed; list_begin += LIST) {
     u32 nth = first_of_warp, token = token_of_warp;
 #pragma unroll 1
@@ -140,7 +140,7 @@ __device__ u32 list_selected(const Share& share, u64 end) {
     }
     __syncthreads();
     const int listed = min(num_listed - list_begin, (u32)LIST);
-    write_slots<2, 2>(share, listed, slots, deal);
+    write_slots<(TEAM >= 8 ? 1 : 2), 2>(share, listed, slots, deal);
     __syncthreads();
   }
   return row_tokens;

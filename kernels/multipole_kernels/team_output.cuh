@@ -15,9 +15,7 @@ __device__ void finish_weights(const Share& share, u64 end_of_selection) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const u32 begin = warp * share.warp_clusters();
   const u32 end = min(begin + share.warp_clusters(), share.num_clusters);
-  float sums[GROUP];
-#pragma unroll
-  for (int group = 0; group < GROUP; ++group) sums[group] = 0.0f;
+  float sums[HEAD_SUMS] = {};
 #pragma unroll 1
   for (u32 cluster = begin + lane; cluster < end; cluster += 32) {
     const bool selected = share.order(cluster) < end_of_selection;
@@ -33,19 +31,17 @@ __device__ void finish_weights(const Share& share, u64 end_of_selection) {
     }
     share.set_scores(cluster, weights);
   }
-#pragma unroll
-  for (int group = 0; group < GROUP; ++group) {
-    const float sum = warp_sum(sums[group]);
-    if (lane == 0) share.shared.unselected_sum[warp][group] = sum;
-  }
+  const float sum = warp_sums(sums, lane);
+  const int group = lane / SUM_LANES;
+  if (lane % SUM_LANES == 0 && group < GROUP) share.shared.unselected_sum[warp][group] = sum;
 }
 
 __device__ __forceinline__ void load_unit(const Share& share, u32 unit,
                                           ValueRows<CENTROID_BYTES>& rows, int lane) {
   constexpr int ROW = CENTROID_ROW;
-  const u8* first = share.a.value_centroids + (share.table(unit * UNIT) + lane % 4 * 2) * ROW;
-  const void* const pointers[4] = {first, first + ROW, first + 8 * ROW, first + 9 * ROW};
-  rows.load(pointers, lane);
+  const u8* first = as_base(share.a.value_centroids + share.table(unit * UNIT) * ROW +
+                            lane % 4 * 2 * ROW + rows.lane_offset(lane));
+  rows.load({first, first + ROW, first + 8 * ROW, first + 9 * ROW});
 }
 
 // acc = the block's value centroids times their weights.
@@ -110,8 +106,8 @@ __device__ void attend_to_tokens(const Share& share, const Tokens& tokens, WarpS
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const Arguments& a = share.a;
   const float scale_log2 = a.sm_scale * LOG2_E;
-  const u16* keys = a.k_cache + share.kv_head * HEAD_DIM;
-  const u16* values = a.v_cache + share.kv_head * HEAD_DIM;
+  const u8* keys = share.keys() + KeyRows<2>::lane_offset(lane);
+  const u8* values = share.values() + ValueRows<2>::lane_offset(lane);
   int first = warp * UNIT;
   if (first >= tokens.num_tokens) return;
   int slot = tokens.slot(first + lane % UNIT);
@@ -119,16 +115,16 @@ __device__ void attend_to_tokens(const Share& share, const Tokens& tokens, WarpS
   q.load(share.q, lane, false);
 #pragma unroll 1
   for (; first < tokens.num_tokens; first += THREADS / 2) {
-    const auto offset = [&](int token) {
-      return (size_t)__shfl_sync(FULL_WARP, slot, token) * a.stride_slot;
+    const auto row_in = [&](const u8* base, int token) {
+      return as_base(
+          row_of_slot(base, __shfl_sync(FULL_WARP, slot, token), a.stride_slot));
     };
     KeyRows<2> key_rows;
-    key_rows.load(keys + offset(lane / 4), keys + offset(lane / 4 + 8), lane);
+    key_rows.load(row_in(keys, lane / 4), row_in(keys, lane / 4 + 8));
     ValueRows<2> value_rows;
     const int column = lane % 4 * 2;
-    const void* const pointers[4] = {values + offset(column), values + offset(column + 1),
-                                     values + offset(column + 8), values + offset(column + 9)};
-    value_rows.load(pointers, lane);
+    value_rows.load({row_in(values, column), row_in(values, column + 1),
+                     row_in(values, column + 8), row_in(values, column + 9)});
     slot = tokens.slot(first + THREADS / 2 + lane % UNIT);
     float scores[HEAD_TILES][4];
     key_rows.score(q, scores);
@@ -197,6 +193,7 @@ __device__ void write_output(const Share& share, const WarpState& state, float* 
                                                         state.acc[tile][dims][2 + head]};
     }
   __syncthreads();
+#pragma unroll 1
   for (int pair = thread; pair < PART / 2; pair += THREADS) {
     const int group = 2 * pair / HEAD_DIM;
     float max = minus_infinity();
@@ -216,45 +213,48 @@ __device__ void write_output(const Share& share, const WarpState& state, float* 
     const int to = 2 * pair / SLICE;
     tell(Remote(shared, &shared.part[share.block][2 * pair % SLICE], PARTS, to), sum.x, sum.y);
   }
-  if (thread < TEAM * GROUP) {
-    const int to = thread / GROUP, group = thread % GROUP;
-    float max = minus_infinity(), unselected = 0.0f, sum = 0.0f;
-#pragma unroll
-    for (int other = 0; other < WARPS; ++other)
-      max = fmaxf(max, shared.warp_state[other][group].max);
-    const float shift = finite_or_zero(max);
-#pragma unroll
-    for (int other = 0; other < WARPS; ++other) {
-      const MaxAndSum of_warp = shared.warp_state[other][group];
-      sum += of_warp.sum * power_of_2(of_warp.max - shift);
-      if (share.row_clusters > 0) unselected += shared.unselected_sum[other][group];
+#pragma unroll 1
+  for (int group = warp; group < GROUP; group += WARPS) {
+    MaxAndSum of_warp = {minus_infinity(), 0.0f};
+    float unselected = 0.0f;
+    if (lane < WARPS) {
+      of_warp = shared.warp_state[lane][group];
+      if (share.row_clusters > 0) unselected = shared.unselected_sum[lane][group];
     }
+    const float max = warp_max(of_warp.max), shift = finite_or_zero(max);
+    float sum = of_warp.sum * power_of_2(of_warp.max - shift);
     if (share.row_clusters > 0) sum += unselected * power_of_2(shared.tail_max[group] - shift);
-    tell(Remote(shared, &shared.part_state[share.block][group], PARTS, to), max, sum);
+    sum = warp_sum(sum);
+    if (lane < TEAM)
+      tell(Remote(shared, &shared.part_state[share.block][group], PARTS, lane), max, sum);
   }
   wait_for(shared, PARTS);
-  for (int pair = thread; pair < SLICE / 2; pair += THREADS) {
+  // TEAM neighbouring lanes have one pair of the slice, each of another block
+#pragma unroll 1
+  for (int first = 0; first < PART / 2; first += THREADS) {
+    // lanes past the end repeat the last pair
+    const int other = thread % TEAM, pair = min(first + thread, PART / 2 - 1) / TEAM;
     const int element = share.block * SLICE + 2 * pair, group = element / HEAD_DIM;
-    float max = minus_infinity();
+    const MaxAndSum of_block = shared.part_state[other][group];
+    const float2 part = *reinterpret_cast<const float2*>(&shared.part[other][2 * pair]);
+    float max = of_block.max;
 #pragma unroll
-    for (int other = 0; other < TEAM; ++other)
-      max = fmaxf(max, shared.part_state[other][group].max);
-    const float shift = finite_or_zero(max);
-    float total = 0.0f;
-    float2 sum = {0.0f, 0.0f};
+    for (int distance = TEAM / 2; distance > 0; distance /= 2)
+      max = fmaxf(max, __shfl_xor_sync(FULL_WARP, max, distance));
+    const float weight = power_of_2(of_block.max - finite_or_zero(max));
+    float total = weight * of_block.sum;
+    float2 sum = {weight * part.x, weight * part.y};
 #pragma unroll
-    for (int other = 0; other < TEAM; ++other) {
-      const MaxAndSum of_block = shared.part_state[other][group];
-      const float weight = power_of_2(of_block.max - shift);
-      const float2 part = *reinterpret_cast<const float2*>(&shared.part[other][2 * pair]);
-      total += weight * of_block.sum;
-      sum.x += weight * part.x;
-      sum.y += weight * part.y;
+    for (int distance = TEAM / 2; distance > 0; distance /= 2) {
+      total += __shfl_xor_sync(FULL_WARP, total, distance);
+      sum.x += __shfl_xor_sync(FULL_WARP, sum.x, distance);
+      sum.y += __shfl_xor_sync(FULL_WARP, sum.y, distance);
     }
     const float scale = 1.0f / (total > 0.0f ? total : 1.0f);
     const int dim = dim_of_tile(element % HEAD_DIM / 16, element % 16 / 2 * 4);
     u16* out = share.a.out + (size_t)share.row * share.a.stride_out_row +
                (share.kv_head * GROUP + group) * HEAD_DIM + dim;
-    *reinterpret_cast<u32*>(out) = pack_elements(sum.x * scale, sum.y * scale);
+    if (other == 0 && first + thread < PART / 2)
+      *reinterpret_cast<u32*>(out) = pack_elements(sum.x * scale, sum.y * scale);
   }
 }

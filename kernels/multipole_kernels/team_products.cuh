@@ -44,6 +44,13 @@ __device__ __forceinline__ void load_words(u32* to, const void* from) {
     asm volatile("ld.global.L1::no_allocate.u32 %0, [%1];" : "=r"(to[0]) : "l"(from));
 }
 
+// The pointer as one number, of which loads are so many bytes away: else the compiler adds up each
+// load's address anew.
+__device__ __forceinline__ const u8* as_base(const void* pointer) {
+  asm("" : "+l"(pointer));
+  return static_cast<const u8*>(pointer);
+}
+
 __device__ __forceinline__ u32 bytes_of(u32 low, u32 high, u32 selector) {
   return __byte_perm(low, high, selector);
 }
@@ -81,15 +88,18 @@ struct Query {
 
   // q: [GROUP, HEAD_DIM]; halves: as float16
   __device__ __forceinline__ void load(const u16* q, int lane, bool halves) {
-    const int g = lane / 4, t = lane % 4;
 #pragma unroll
-    for (int tile = 0; tile < HEAD_TILES; ++tile)
+    for (int tile = 0; tile < HEAD_TILES; ++tile) {
+      // columns past the heads repeat the last one, and nobody reads what becomes of them
+      const int head = min(tile * 8 + lane / 4, GROUP - 1);
+      const u8* base = as_base(q + head * HEAD_DIM + lane % 4 * CHUNK);
 #pragma unroll
       for (int step = 0; step < HEAD_DIM / 16; ++step) {
-        const int head = tile * 8 + g;
-        const int dim = (step / (CHUNK / 4) * 4 + t) * CHUNK + step % (CHUNK / 4) * 4;
-        uint2 loaded = {0, 0};
-        if (head < GROUP) loaded = *reinterpret_cast<const uint2*>(q + head * HEAD_DIM + dim);
+        const int dim = step / (CHUNK / 4) * 4 * CHUNK + step % (CHUNK / 4) * 4;
+        uint2 loaded;
+        asm volatile("ld.global.v2.u32 {%0, %1}, [%2];"
+                     : "=r"(loaded.x), "=r"(loaded.y)
+                     : "l"(base + dim * 2));
         if (halves && QUERY_IS_BF16) {
           loaded.x = pack_halves(__uint_as_float(loaded.x << 16),
                                  __uint_as_float(loaded.x & 0xffff0000u));
@@ -99,6 +109,7 @@ struct Query {
         words[tile][step][0] = loaded.x;
         words[tile][step][1] = loaded.y;
       }
+    }
   }
 };
 
@@ -110,14 +121,16 @@ struct KeyRows {
   static constexpr int WORDS = CHUNK * BYTES / 4;
   u32 words[2][CHUNKS][WORDS];
 
-  // first, second: rows g and g + 8
-  __device__ __forceinline__ void load(const void* first, const void* second, int lane) {
-    const u8* rows[2] = {static_cast<const u8*>(first), static_cast<const u8*>(second)};
+  // bytes from the begin of a row to a lane's first chunk
+  static __device__ __forceinline__ int lane_offset(int lane) { return lane % 4 * CHUNK * BYTES; }
+  // the lane's first chunks in rows g and g + 8
+  __device__ __forceinline__ void load(const u8* first, const u8* second) {
+    const u8* rows[2] = {first, second};
 #pragma unroll
     for (int row = 0; row < 2; ++row)
 #pragma unroll
       for (int nth = 0; nth < CHUNKS; ++nth)
-        load_words<WORDS>(words[row][nth], rows[row] + (nth * 4 + lane % 4) * CHUNK * BYTES);
+        load_words<WORDS>(words[row][nth], rows[row] + nth * 4 * CHUNK * BYTES);
   }
 
   // The rows' products with the query heads, in C's layout.
@@ -170,15 +183,17 @@ struct ValueRows {
   static constexpr int WORDS = VALUE_CHUNK * BYTES / 4;
   u32 words[4][CHUNKS][WORDS];
 
-  // rows: 2t, 2t + 1, 2t + 8 and 2t + 9
-  __device__ __forceinline__ void load(const void* const (&rows)[4], int lane) {
+  // bytes from the begin of a row to a lane's first chunk
+  static __device__ __forceinline__ int lane_offset(int lane) {
+    return lane / 4 * VALUE_CHUNK * BYTES;
+  }
+  // rows: the lane's first chunks in 2t, 2t + 1, 2t + 8 and 2t + 9
+  __device__ __forceinline__ void load(const u8* const (&rows)[4]) {
 #pragma unroll
     for (int row = 0; row < 4; ++row)
 #pragma unroll
       for (int nth = 0; nth < CHUNKS; ++nth)
-        load_words<WORDS>(
-            words[row][nth],
-            static_cast<const u8*>(rows[row]) + (nth * 8 + lane / 4) * VALUE_CHUNK * BYTES);
+        load_words<WORDS>(words[row][nth], rows[row] + nth * 8 * VALUE_CHUNK * BYTES);
   }
 
   // acc [dimensions, query heads] += the rows times their weights, B's layout: of head g of a tile,

@@ -28,31 +28,32 @@ __device__ void spread_of_segments(const Share& share) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const u32 num_segments = share.num_segments();
   // from the last warp but one on: the last has always-exact tokens, the first have more clusters
+#pragma unroll 1
   for (u32 segment = (2 * WARPS - 2 - warp) % WARPS; segment < num_segments; segment += WARPS) {
     const size_t head = (size_t)share.place_of_segment(segment) * NUM_KV_HEADS + share.kv_head;
     const float* weights = share.a.pair_weight + head * (HEAD_DIM / 2);
+    float sums[HEAD_SUMS] = {};
 #pragma unroll
-    for (int group = 0; group < GROUP; ++group) {
-      float sum = 0.0f;
+    for (int group = 0; group < GROUP; ++group)
 #pragma unroll
       for (int pair = lane; pair < HEAD_DIM / 2; pair += 32) {
         const u16* q = share.q + group * HEAD_DIM + pair;
         const float x = float_of_element(q[0]) * share.a.sm_scale;
         const float y = float_of_element(q[HEAD_DIM / 2]) * share.a.sm_scale;
-        sum += weights[pair] * (x * x + y * y);
+        sums[group] += weights[pair] * (x * x + y * y);
       }
-      sum = warp_sum(sum);
-      if (lane == 0) share.set_spread(segment, group, sum);
-    }
+    const float sum = warp_sums(sums, lane);
+    const int group = lane / SUM_LANES;
+    if (lane % SUM_LANES == 0 && group < GROUP) share.set_spread(segment, group, sum);
   }
 }
 
 // A lane's rows g and g + 8 of a unit of the block's key centroids.
 __device__ __forceinline__ void load_unit(const Share& share, u32 unit,
                                           KeyRows<CENTROID_BYTES>& rows, int lane) {
-  const u8* first = share.a.key_centroids +
-                    (share.table(unit * UNIT) + lane / 4) * (HEAD_DIM * CENTROID_BYTES);
-  rows.load(first, first + 8 * HEAD_DIM * CENTROID_BYTES, lane);
+  const u8* first = as_base(share.a.key_centroids + share.table(unit * UNIT) * CENTROID_ROW +
+                            lane / 4 * CENTROID_ROW + rows.lane_offset(lane));
+  rows.load(first, first + 8 * CENTROID_ROW);
 }
 
 // Products of the block's key centroids with the query heads, and the segments' spreads.
@@ -104,14 +105,16 @@ __device__ void exact_states(const Share& share) {
   for (; first < share.num_exact; first += THREADS / 2) {
     const int token = first + lane / 4;
     const int* slots = a.exact_slots + share.exact_begin;
-    const u16* keys = a.k_cache + share.kv_head * HEAD_DIM;
-    const size_t offsets[2] = {(size_t)slots[min(token, share.num_exact - 1)] * a.stride_slot,
-                               (size_t)slots[min(token + 8, share.num_exact - 1)] * a.stride_slot};
+    const int row_slots[2] = {slots[min(token, share.num_exact - 1)],
+                              slots[min(token + 8, share.num_exact - 1)]};
     KeyRows<2> rows;
-    rows.load(keys + offsets[0], keys + offsets[1], lane);
+    const u8* keys = share.keys() + rows.lane_offset(lane);
+    rows.load(as_base(row_of_slot(keys, row_slots[0], a.stride_slot)),
+              as_base(row_of_slot(keys, row_slots[1], a.stride_slot)));
     // for later
     if (lane % 4 < 2)
-      prefetch_row(a.v_cache + share.kv_head * HEAD_DIM + (lane % 4 == 0 ? offsets[0] : offsets[1]));
+      prefetch_row(row_of_slot(share.values(), lane % 4 == 0 ? row_slots[0] : row_slots[1],
+                               a.stride_slot));
     float scores[HEAD_TILES][4];
     rows.score(q, scores);
 #pragma unroll
@@ -129,15 +132,17 @@ __device__ void exact_states(const Share& share) {
   for (int tile = 0; tile < HEAD_TILES; ++tile)
 #pragma unroll
     for (int head = 0; head < 2; ++head) {
-      MaxAndSum of_head = state[tile][head];
+      const MaxAndSum of_head = state[tile][head];
+      float max = of_head.max;
 #pragma unroll
-      for (int distance = 4; distance < 32; distance *= 2) {
-        const MaxAndSum other = {__shfl_xor_sync(FULL_WARP, of_head.max, distance),
-                                 __shfl_xor_sync(FULL_WARP, of_head.sum, distance)};
-        of_head = merged(of_head, other);
-      }
+      for (int distance = 4; distance < 32; distance *= 2)
+        max = fmaxf(max, __shfl_xor_sync(FULL_WARP, max, distance));
+      float sum = of_head.sum * power_of_2(of_head.max - finite_or_zero(max));
+#pragma unroll
+      for (int distance = 4; distance < 32; distance *= 2)
+        sum += __shfl_xor_sync(FULL_WARP, sum, distance);
       const int group = tile * 8 + lane % 4 * 2 + head;
-      if (lane < 4 && group < GROUP) share.shared.warp_state[WARPS + warp][group] = of_head;
+      if (lane < 4 && group < GROUP) share.shared.warp_state[WARPS + warp][group] = {max, sum};
     }
 }
 
@@ -167,12 +172,16 @@ __device__ void tail_states(const Share& share) {
     }
     share.set_scores(cluster, scores);
   }
+  float sums[HEAD_SUMS] = {};
 #pragma unroll
   for (int group = 0; group < GROUP; ++group) {
     const float max = warp_max(state[group].max);
-    const float sum = warp_sum(state[group].sum * power_of_2(state[group].max - finite_or_zero(max)));
-    if (lane == 0) share.shared.warp_state[warp][group] = {max, sum};
+    sums[group] = state[group].sum * power_of_2(state[group].max - finite_or_zero(max));
+    if (lane == 0) share.shared.warp_state[warp][group].max = max;
   }
+  const float sum = warp_sums(sums, lane);
+  const int group = lane / SUM_LANES;
+  if (lane % SUM_LANES == 0 && group < GROUP) share.shared.warp_state[warp][group].sum = sum;
   tokens = warp_sum(tokens);
   if (lane == 0) atomicAdd(&share.shared.block_tokens, tokens);
 }
@@ -180,29 +189,23 @@ __device__ void tail_states(const Share& share) {
 // Each block's states to all, and the row's lse from all.
 __device__ void exchange_lse(const Share& share) {
   Shared& shared = share.shared;
-  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   __syncthreads();
-  if (thread < TEAM * GROUP) {
-    const int to = thread / GROUP, group = thread % GROUP;
-    float tail_max = shared.warp_state[0][group].max, max = shared.warp_state[WARPS][group].max;
-#pragma unroll
-    for (int other = 1; other < WARPS; ++other) {
-      tail_max = fmaxf(tail_max, shared.warp_state[other][group].max);
-      max = fmaxf(max, shared.warp_state[WARPS + other][group].max);
-    }
-    max = fmaxf(max, tail_max);
-    const float shift = finite_or_zero(max);
-    float sum = 0.0f;
-#pragma unroll
-    for (int other = 0; other < 2 * WARPS; ++other) {
-      const MaxAndSum state = shared.warp_state[other][group];
-      sum += state.sum * power_of_2(state.max - shift);
-    }
-    tell(Remote(shared, &shared.head_state[share.block][group], STATES, to),
-         uint4{__float_as_uint(tail_max), __float_as_uint(max), __float_as_uint(sum),
-               shared.block_tokens});
+#pragma unroll 1
+  for (int group = warp; group < GROUP; group += WARPS) {
+    // the warps' tails, then their always-exact tokens
+    MaxAndSum state = {minus_infinity(), 0.0f};
+    if (lane < 2 * WARPS) state = shared.warp_state[lane][group];
+    const float tail_max = warp_max(lane < WARPS ? state.max : minus_infinity());
+    const float max = warp_max(state.max);
+    const float sum = warp_sum(state.sum * power_of_2(state.max - finite_or_zero(max)));
+    if (lane < TEAM)
+      tell(Remote(shared, &shared.head_state[share.block][group], STATES, lane),
+           uint4{__float_as_uint(tail_max), __float_as_uint(max), __float_as_uint(sum),
+                 shared.block_tokens});
   }
   wait_for(shared, STATES);
+#pragma unroll 1
   for (int group = warp; group < GROUP; group += WARPS) {
     const HeadState state = shared.head_state[lane % TEAM][group];
     const float tail_max = warp_max(state.tail_max), max = warp_max(state.max);

@@ -49,6 +49,7 @@ __device__ void rank_clusters(const Share& share) {
 // Tell all blocks the histogram; a count that 16 bits cannot hold passes every budget.
 __device__ __forceinline__ void tell_histogram(const Share& share) {
   Shared& shared = share.shared;
+#pragma unroll 1
   for (int nth = threadIdx.x; nth < TEAM * (BINS / 8); nth += THREADS) {
     const int to = nth / (BINS / 8), eight = nth % (BINS / 8);
     const uint4 low = reinterpret_cast<const uint4*>(shared.histogram)[2 * eight];
@@ -88,6 +89,7 @@ __device__ void find_bin(Shared& shared, u32 tokens_before, u32 budget) {
 }
 
 __device__ __forceinline__ void clear_candidates(Shared& shared) {
+#pragma unroll 1
   for (int nth = threadIdx.x; nth < CANDIDATES * TEAM; nth += THREADS)
     reinterpret_cast<uint4*>(shared.candidates)[nth] = uint4{EMPTY, EMPTY, 0, 0},
     shared.accepted_to[nth] = 0;
@@ -123,6 +125,7 @@ __device__ void count_and_tell(const Share& share, u64 low, u64 high, u32 parity
   }
   __syncthreads();
   const u32 num_told = min(shared.num_candidates, CANDIDATES) * TEAM;
+#pragma unroll 1
   for (u32 nth = threadIdx.x; nth < num_told; nth += THREADS)
     tell(Remote(shared, &shared.candidates[nth / TEAM][share.block], CANDIDATE, nth % TEAM),
          *reinterpret_cast<const uint4*>(&shared.own_candidates[nth / TEAM]));
@@ -163,6 +166,7 @@ __device__ void accept_candidates(const Share& share, u32 most, u32 tokens_befor
     const Candidate mine = candidates[nth];
     if (mine.size == 0) continue;
     u32 before = 0;
+#pragma unroll 1
     for (u32 other = lane; other < num_places; other += CANDIDATE_LANES)
       before += candidates[other].order < mine.order ? candidates[other].size : 0;
     before = __reduce_add_sync(lanes, before) + tokens_before;
@@ -181,6 +185,7 @@ __device__ void accept_candidates(const Share& share, u32 most, u32 tokens_befor
     }
   }
   __syncthreads();
+#pragma unroll 1
   for (u32 nth = threadIdx.x; nth < num_places; nth += THREADS)
     if (shared.accepted_to[nth] > 0 && shared.accepted_to[nth] == shared.last_accepted_to)
       shared.end = candidates[nth].order + 1;
@@ -193,23 +198,25 @@ __device__ void accept_candidates(const Share& share, u32 most, u32 tokens_befor
 // shared.warp_clusters and shared.warp_tokens.
 __device__ u64 find_end(const Share& share, u32 budget) {
   Shared& shared = share.shared;
-  if (shared.row_tokens <= budget) {
-    const u64 end = (u64)(RANK_BITS_TOP + 1) << 32;  // behind every cluster that has tokens
-    count_and_tell(share, end, end, 0);
-    return end;
-  }
-  u64 low = 0;
+  const bool takes_all = shared.row_tokens <= budget;
+  // behind every cluster that has tokens
+  u64 low = takes_all ? (u64)(RANK_BITS_TOP + 1) << 32 : 0;
   int shift = FIRST_SHIFT;
   u32 tokens_before = 0, most = 0, told = 0, counted = 0;
+#pragma unroll 1
   while (true) {
-    tell_histogram(share);
-    wait_for(shared, HISTOGRAM, told++ & 1);
-    find_bin(shared, tokens_before, budget);
-    tokens_before = shared.tokens_before;
-    const u32 bin = shared.bin;
-    low += (u64)bin << shift;
+    u32 bin = 0;
+    if (!takes_all) {
+      tell_histogram(share);
+      wait_for(shared, HISTOGRAM, told++ & 1);
+      find_bin(shared, tokens_before, budget);
+      tokens_before = shared.tokens_before;
+      bin = shared.bin;
+      low += (u64)bin << shift;
+    }
     if (bin < BINS) {
-      count_and_tell(share, low, low + (1ull << shift), counted++ & 1);
+      count_and_tell(share, low, takes_all ? low : low + (1ull << shift), counted++ & 1);
+      if (takes_all) return low;
       most = most_candidates(shared);
       if (most <= CANDIDATES) break;
       shift = max(0, shift - BIN_BITS);
@@ -222,6 +229,7 @@ __device__ u64 find_end(const Share& share, u32 budget) {
     clear_histogram(shared);
     clear_candidates(shared);
     __syncthreads();
+#pragma unroll 1
     for (u32 cluster = threadIdx.x; cluster < share.num_clusters; cluster += THREADS) {
       const u64 order = share.order(cluster);
       if (order >= low && (order - low) >> shift < BINS)

@@ -101,6 +101,13 @@ struct Share {
     else
       long_ranks[cluster] = distance;
   }
+  // of the KV head in slot 0
+  __device__ __forceinline__ const u8* keys() const {
+    return reinterpret_cast<const u8*>(a.k_cache + kv_head * HEAD_DIM);
+  }
+  __device__ __forceinline__ const u8* values() const {
+    return reinterpret_cast<const u8*>(a.v_cache + kv_head * HEAD_DIM);
+  }
   // Clusters of a warp are neighbours, so that lists of what warps find are in order.
   __device__ __forceinline__ u32 warp_clusters() const {
     return (num_clusters + THREADS - 1) / THREADS * 32;
@@ -156,6 +163,7 @@ __device__ __forceinline__ void prefetch_members(const Share& share, const Segme
 __device__ __forceinline__ void load_entries(const Share& share) {
   if (!share.resident) return;
   const Arguments& a = share.a;
+#pragma unroll 1
   for (u32 cluster = 4 * threadIdx.x; cluster < share.num_clusters; cluster += 4 * THREADS) {
     const size_t at = share.table(cluster);
     const float4 variance = *reinterpret_cast<const float4*>(a.key_variance + at);
