@@ -2,6 +2,7 @@
 
     python -m benchmarks.decode_attention --csv decode_attention.csv [--commit HASH]
         [--points targets,short-segments,...] [--captured keys.pt] [--seconds 200]
+        [--between nothing,weights]
 
 Per point the output is checked first, against the float32 reference and for the same bits twice;
 then a layer's step is timed, and each of its three launches alone, in CUDA-graph replays over rows
@@ -10,6 +11,11 @@ plan, once a step, count as 1 / NUM_LAYERS. Keys are a mixture with position str
 (tests/decode_keys.py), or captured from a model (benchmarks/captured_keys.py), and really
 clustered; slots lie in no order. Segments, clusters and buffers are as a server has them by
 default. Rows below the server's default gate are attended with clusters all the same.
+
+Column between: nothing, where steps follow each other and find their code in the caches; weights,
+where before each step a layer's weights are read, as in a server (benchmarks/layer_weights.py), and
+that work's own time, measured the same way, is subtracted. The step's q, which a server has just
+written, is cold too. Launches are not timed alone there.
 
 A step that takes one launch (column launches; see launch_config.py) is timed as such, beside the
 step in three launches (three_launches_us), which a server takes whose longest context is longer,
@@ -31,6 +37,7 @@ import math
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 import torch
 import triton
@@ -45,6 +52,7 @@ from benchmarks.decode_inputs import (
 from benchmarks.decode_points import POINT_SETS, Points
 from benchmarks.decode_stages import relative_error, selected_sizes, share_workspace, stage_calls
 from benchmarks.dense_baselines import flashinfer_version, time_dense, time_selected
+from benchmarks.layer_weights import LayerWeights
 from benchmarks.step_work import time_snapshot
 from benchmarks.timing import Quantiles, copy_bandwidth, read_bandwidth, time_graph
 from benchmarks.versions import commit_of_rows
@@ -58,6 +66,7 @@ MAX_DIFFERENT = 0.02
 SIZE_EDGES = (4, 8, 16, 32, 64, 128)
 MAX_TOKEN_BUDGET = 4096  # what the buffers are made for, if no budget is larger
 MIN_CONTEXT = 4096  # the server's gate
+BETWEEN = ("nothing", "weights")  # of two steps
 
 
 class Table:
@@ -106,15 +115,25 @@ def bench_points(points: Points, table: Table, options: argparse.Namespace) -> b
         "segment_size": geometry.segment_size,
     }
     kv_bytes = 2 * points.context * geometry.num_kv_heads * geometry.head_dim * 2
+    weights = LayerWeights() if "weights" in options.between else None
+    between = {
+        (name, batch): None if name == "nothing" else weights.products(batch)
+        for name in options.between
+        for batch in points.batches
+    }
     dense, snapshots = {}, {}
     for batch in points.batches:
         groups = groups_of_rows(base, batch, 0, kv_bytes)
-        dense[batch] = time_dense(groups, options.dense)
         snapshots[batch] = time_snapshot(groups[0], min(MIN_CONTEXT, points.context // 2))
-        for provider, (quantiles, error) in dense[batch].items():
-            columns = labels | {"batch": batch, "relative_error": error}
-            table.add(quantiles, batch * kv_bytes, provider=provider, **columns)
-            print(f"  x {batch:2d} {provider:22s} {quantiles.p50_us:8.1f} us, error {error:.1e}")
+        for name in options.between:
+            dense[name, batch] = time_dense(groups, options.dense, between[name, batch])
+            for provider, (quantiles, error) in dense[name, batch].items():
+                columns = labels | {"between": name, "batch": batch, "relative_error": error}
+                table.add(quantiles, batch * kv_bytes, provider=provider, **columns)
+                print(
+                    f"  x {batch:2d} {provider:22s} {quantiles.p50_us:8.1f} us, error {error:.1e}, "
+                    f"between: {name}"
+                )
     right = True
     for name in options.centroids:
         case = with_centroids(base, name)
@@ -122,7 +141,15 @@ def bench_points(points: Points, table: Table, options: argparse.Namespace) -> b
             for budget in points.budget_tokens(name):
                 groups = groups_of_rows(case, batch, budget, geometry.least_bytes(points.context))
                 columns = labels | {"batch": batch, "centroids": name, "budget": budget}
-                right &= bench_point(groups, columns, dense[batch], snapshots[batch], table)
+                for kind in options.between:
+                    right &= bench_point(
+                        groups,
+                        columns | {"between": kind},
+                        dense[kind, batch],
+                        snapshots[batch],
+                        table,
+                        between[kind, batch],
+                    )
     return right
 
 
@@ -132,6 +159,7 @@ def bench_point(
     dense: dict[str, tuple[Quantiles, float]],
     snapshot: Quantiles,
     table: Table,
+    between: Callable[[], None] | None,
 ) -> bool:
     """Measure one batch size, budget and kind of centroids; False if its result was wrong."""
     case, batch, budget = groups[0], columns["batch"], columns["budget"]
@@ -159,7 +187,8 @@ def bench_point(
         "selected_sizes": " ".join(map(str, selected_sizes(case, SIZE_EDGES))),
     }
     moved = bytes_moved(case)
-    stages = {stage: time_graph(calls[stage]) for stage in calls}
+    timed = calls if between is None else ("all", "three")
+    stages = {stage: time_graph(calls[stage], between=between) for stage in timed}
     element_size = case.pool_layer.key_centroids.element_size()
     plan = time_graph([lambda: plan_chunks(case.plan, case.workspace, batch, element_size)])
     add_us = (plan.p50_us + snapshot.p50_us) / NUM_LAYERS
@@ -169,16 +198,18 @@ def bench_point(
     columns["three_launches_us"] = three.p50_us + add_us
     columns |= {"plan_us": plan.p50_us, "snapshot_us": snapshot.p50_us}
     columns |= {f"{stage}_us": times.p50_us for stage, times in stages.items()}
-    columns["sum_of_launches_us"] = sum(times.p50_us for times in stages.values())
+    if stages:
+        columns["sum_of_launches_us"] = sum(times.p50_us for times in stages.values())
     for provider, (quantiles, _) in dense.items():
         columns[f"ratio_to_{provider}"] = quantiles.p50_us / total.p50_us
-    if "flashinfer" in dense and budget >= 1024 and columns["centroids"] == "int8":
+    if "flashinfer" in dense and budget >= 1024 and columns["centroids"] == "int8" and stages:
         columns["exact_flashinfer_us"] = time_selected(groups, out)
     row = table.add(total, moved, provider="multipole", **columns)
     print(
-        f"{title} {total.p50_us:8.1f} us in {row['launches']}; coarse {row['coarse_us']:.1f} "
-        f"select {row['select_us']:.1f} exact {row['exact_us']:.1f}; "
-        f"x{row.get('ratio_to_flashinfer', 0):.2f}, {row['share_of_copy']:.0%} of copy; error "
+        f"{title} {total.p50_us:8.1f} us in {row['launches']}, between: {row['between']}; "
+        f"three {row['three_launches_us']:.1f}; "
+        + "".join(f"{stage} {times.p50_us:.1f}; " for stage, times in stages.items())
+        + f"x{row.get('ratio_to_flashinfer', 0):.2f}, {row['share_of_copy']:.0%} of copy; error "
         f"{error:.1e}; sizes {row['selected_sizes']}",
         flush=True,
     )
@@ -198,11 +229,15 @@ def main() -> None:
     parser.add_argument("--contexts", default="", help="only these, comma separated")
     parser.add_argument("--captured", help="a file of benchmarks.capture_keys")
     parser.add_argument("--centroids", default="bf16,int8,fp8")
+    parser.add_argument("--between", default="nothing", help="nothing, weights or both")
     parser.add_argument("--dense", default="flashinfer,sglang-triton,triton-dense")
     parser.add_argument("--seconds", type=float, default=3600.0, help="begin nothing after these")
     options = parser.parse_args()
     options.started = time.perf_counter()
     options.centroids = options.centroids.split(",")
+    options.between = options.between.split(",")
+    if unknown := set(options.between) - set(BETWEEN):
+        parser.error(f"--between is of {BETWEEN}, got {sorted(unknown)}")
     options.dense = [name for name in options.dense.split(",") if name]
     contexts = {int(context) for context in options.contexts.split(",") if context}
     chosen = [points for name in options.points.split(",") for points in POINT_SETS[name]]

@@ -32,7 +32,9 @@ class Results:
 
     def __init__(self, path: str):
         with open(path, newline="") as file:
-            self.rows = list(csv.DictReader(file))
+            rows = list(csv.DictReader(file))
+        # tables are of steps that follow each other
+        self.rows = [row for row in rows if row.get("between") != "weights"]
         self.multipole = [row for row in self.rows if row["provider"] == "multipole"]
 
     def select(self, **wanted: object) -> list[dict[str, str]]:

@@ -124,9 +124,12 @@ def dense_error(case: DecodeCase, out: torch.Tensor) -> float:
 
 
 def time_dense(
-    groups: list[DecodeCase], providers: list[str]
+    groups: list[DecodeCase], providers: list[str], between: Callable[[], object] | None = None
 ) -> dict[str, tuple[Quantiles, float]]:
-    """Times and errors by provider; what does not run is left out, with the reason printed."""
+    """Times and errors by provider; what does not run is left out, with the reason printed.
+
+    between: see time_graph.
+    """
     groups, results = groups[:MAX_GROUPS], {}
     context = len(groups[0].rows[0].slots)
     splits = {"sglang-triton": SGLANG_SPLITS, "triton-dense": -(-context // TOKENS_PER_SPLIT)}
@@ -141,7 +144,9 @@ def time_dense(
                 calls = dense_triton(groups, out, splits[provider])
             calls[0]()
             error = dense_error(groups[0], out)
-            results[provider] = (time_graph(calls, replays=10, repeats=-(-4 // len(calls))), error)
+            repeats = -(-4 // len(calls))
+            times = time_graph(calls, replays=10, repeats=repeats, between=between)
+            results[provider] = (times, error)
         except Exception as error:
             print(f"  {provider}: {type(error).__name__}: {str(error)[:150]}", flush=True)
     return results

@@ -25,6 +25,7 @@ def curve(rows: list[dict], batch: int, centroids: str, budget: int) -> list[tup
         (int(row["segment_size"]), int(row["context"]), float(row["ratio_to_flashinfer"]))
         for row in rows
         if row["provider"] == "multipole"
+        and row.get("between") != "weights"
         and (row["keys"], row["num_kv_heads"]) == ("mixture", "8")
         and (row["batch"], row["centroids"], row["budget"]) == (str(batch), centroids, str(budget))
     ]

@@ -19,13 +19,23 @@ class Quantiles:
 
 
 def time_graph(
-    calls: list[Callable[[], object]], replays: int = 20, repeats: int | None = None
+    calls: list[Callable[[], object]],
+    replays: int = 20,
+    repeats: int | None = None,
+    between: Callable[[], object] | None = None,
 ) -> Quantiles:
     """Microseconds of one call, the calls replayed one after another in a CUDA graph.
 
     repeats: how often a graph goes through the calls; by default until it has _LEAST_CALLS.
+    between: runs before each call; the median of a graph of as many of it alone is subtracted.
     """
     repeats = repeats or -(-_LEAST_CALLS // len(calls))
+    if between is not None:
+        alone = time_graph([between] * len(calls), replays, repeats).p50_us
+        both = time_graph(
+            [lambda call=call: (between(), call()) for call in calls], replays, repeats
+        )
+        return Quantiles(both.p20_us - alone, both.p50_us - alone, both.p80_us - alone)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
