@@ -44,7 +44,6 @@ static_assert(TEAM >= 2 && TEAM <= 16 && (TEAM & (TEAM - 1)) == 0, "TEAM");
 static_assert(THREADS >= BINS && 2 * WARPS <= 32 && THREADS % 32 == 0, "THREADS");
 static_assert(CLUSTERS % UNIT == 0 && HEAD_DIM % 32 == 0 && GROUP >= 1 && GROUP <= 16, "geometry");
 static_assert(SEGMENT_SIZE % 8 == 0, "members come in 16 bytes");
-static_assert(TEAM * GROUP <= THREADS, "a team's exchanges");
 constexpr int PART = GROUP * HEAD_DIM;  // floats of an output
 static_assert(PART % (2 * TEAM) == 0, "a block writes whole pairs of the output");
 constexpr int SLICE = PART / TEAM;  // of which a block writes

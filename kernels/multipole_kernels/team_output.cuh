@@ -116,8 +116,7 @@ __device__ void attend_to_tokens(const Share& share, const Tokens& tokens, WarpS
 #pragma unroll 1
   for (; first < tokens.num_tokens; first += THREADS / 2) {
     const auto row_in = [&](const u8* base, int token) {
-      return as_base(
-          row_of_slot(base, __shfl_sync(FULL_WARP, slot, token), a.stride_slot));
+      return as_base(row_of_slot(base, __shfl_sync(FULL_WARP, slot, token), a.stride_slot));
     };
     KeyRows<2> key_rows;
     key_rows.load(row_in(keys, lane / 4), row_in(keys, lane / 4 + 8));
