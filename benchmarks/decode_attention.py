@@ -14,8 +14,9 @@ default. Rows below the server's default gate are attended with clusters all the
 
 Column between: nothing, where steps follow each other and find their code in the caches; weights,
 where before each step a layer's weights are read, as in a server (benchmarks/layer_weights.py), and
-that work's own time, measured the same way, is subtracted. The step's q, which a server has just
-written, is cold too. Launches are not timed alone there.
+that work's own time, measured the same way, is subtracted (at the batches that decode_points.py
+names for it). The step's q, which a server has just written, is cold too. Launches are not timed
+alone there.
 
 A step that takes one launch (column launches; see launch_config.py) is timed as such, beside the
 step in three launches (three_launches_us), which a server takes whose longest context is longer,
@@ -115,18 +116,16 @@ def bench_points(points: Points, table: Table, options: argparse.Namespace) -> b
         "segment_size": geometry.segment_size,
     }
     kv_bytes = 2 * points.context * geometry.num_kv_heads * geometry.head_dim * 2
-    weights = LayerWeights() if "weights" in options.between else None
-    between = {
-        (name, batch): None if name == "nothing" else weights.products(batch)
-        for name in options.between
-        for batch in points.batches
-    }
+    between = between_steps(points, options.between)
     dense, snapshots = {}, {}
     for batch in points.batches:
         groups = groups_of_rows(base, batch, 0, kv_bytes)
         snapshots[batch] = time_snapshot(groups[0], min(MIN_CONTEXT, points.context // 2))
-        for name in options.between:
-            dense[name, batch] = time_dense(groups, options.dense, between[name, batch])
+        providers = [
+            name for name in options.dense if name == "flashinfer" or batch in points.triton_batches
+        ]
+        for name, work in between[batch].items():
+            dense[name, batch] = time_dense(groups, providers, work)
             for provider, (quantiles, error) in dense[name, batch].items():
                 columns = labels | {"between": name, "batch": batch, "relative_error": error}
                 table.add(quantiles, batch * kv_bytes, provider=provider, **columns)
@@ -141,16 +140,31 @@ def bench_points(points: Points, table: Table, options: argparse.Namespace) -> b
             for budget in points.budget_tokens(name):
                 groups = groups_of_rows(case, batch, budget, geometry.least_bytes(points.context))
                 columns = labels | {"batch": batch, "centroids": name, "budget": budget}
-                for kind in options.between:
+                for kind, work in between[batch].items():
                     right &= bench_point(
                         groups,
                         columns | {"between": kind},
                         dense[kind, batch],
                         snapshots[batch],
                         table,
-                        between[kind, batch],
+                        work,
                     )
     return right
+
+
+def between_steps(
+    points: Points, kinds: list[str]
+) -> dict[int, dict[str, Callable[[], None] | None]]:
+    """batch -> kind of --between measured at it -> what runs before each step."""
+    weights = LayerWeights() if "weights" in kinds and points.weights_batches else None
+    return {
+        batch: {
+            kind: None if kind == "nothing" else weights.products(batch)
+            for kind in kinds
+            if kind == "nothing" or batch in points.weights_batches
+        }
+        for batch in points.batches
+    }
 
 
 def bench_point(
@@ -225,7 +239,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--csv", default="decode_attention.csv")
     parser.add_argument("--commit", default="", help="where there is no git repository")
-    parser.add_argument("--points", default="targets,short-segments,more,four-heads")
+    parser.add_argument("--points", default="targets,more,four-heads,short-segments")
     parser.add_argument("--contexts", default="", help="only these, comma separated")
     parser.add_argument("--captured", help="a file of benchmarks.capture_keys")
     parser.add_argument("--centroids", default="bf16,int8,fp8")

@@ -15,7 +15,8 @@ class Points:
     """All batches and budgets of one context length, over one pool of rows.
 
     context in tokens; budgets and fp8_budgets, those measured with float8 centroids too, in tokens
-    or shares of the context.
+    or shares of the context; weights_batches, those measured with weights between steps too, if
+    that is asked for; triton_batches, those at which dense decode in Triton is timed.
     """
 
     context: int
@@ -25,6 +26,8 @@ class Points:
     keys: str = "mixture"
     rope_base: float = QWEN3_ROPE_BASE
     fp8_budgets: tuple[int | float, ...] = ()
+    weights_batches: tuple[int, ...] = ()
+    triton_batches: tuple[int, ...] = ()
 
     def budget_tokens(self, centroids: str) -> list[int]:
         budgets = self.fp8_budgets if centroids == "fp8" else self.budgets
@@ -34,12 +37,22 @@ class Points:
 POINT_SETS: dict[str, list[Points]] = {
     # where there is a target
     "targets": [
-        Points(131072, fp8_budgets=(1024,)),
-        Points(32768, fp8_budgets=(512, 1024)),
-        Points(8192, fp8_budgets=(512,)),
+        Points(131072, fp8_budgets=(1024,), weights_batches=(1,), triton_batches=(16, 4, 1)),
+        Points(32768, fp8_budgets=(512, 1024), weights_batches=(1,)),
+        Points(8192, budgets=(128, 512, 1024), fp8_budgets=(512,), weights_batches=(1,)),
+    ],
+    "more": [
+        Points(524288, (1,), (512, 1024, 0.05)),
+        Points(65536, budgets=(512, 1024, 0.05)),
+        Points(2048, budgets=(128, 512)),
+    ],
+    "four-heads": [
+        Points(131072, budgets=(512, 1024, 0.05), num_kv_heads=4),
+        Points(32768, budgets=(512, 1024), num_kv_heads=4),
+        Points(8192, (16, 1), (512, 1024), num_kv_heads=4),
     ],
     "captured": [
-        Points(context, (16, 4, 1), budgets, keys="captured", rope_base=SMOLLM2_ROPE_BASE)
+        Points(context, budgets=budgets, keys="captured", rope_base=SMOLLM2_ROPE_BASE)
         for context, budgets in (
             (131072, (512, 1024, 0.05)),
             (32768, (512, 1024)),
@@ -50,15 +63,5 @@ POINT_SETS: dict[str, list[Points]] = {
         Points(131072, budgets=(1024,), rope_base=SMOLLM2_ROPE_BASE),
         Points(32768, budgets=(512, 1024), rope_base=SMOLLM2_ROPE_BASE),
         Points(8192, budgets=(512,), rope_base=SMOLLM2_ROPE_BASE),
-    ],
-    "more": [
-        Points(65536),
-        Points(2048),
-        Points(524288, (1,)),
-    ],
-    "four-heads": [
-        Points(131072, (16, 4, 1), (512, 1024, 0.05), num_kv_heads=4),
-        Points(32768, (16, 4, 1), (512, 1024), num_kv_heads=4),
-        Points(8192, (16, 1), (512, 1024), num_kv_heads=4),
     ],
 }
