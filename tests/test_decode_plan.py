@@ -53,8 +53,14 @@ def test_chunks_cover_each_row_once(items, exact, tiles):
     bounds = workspace.chunk_indptr[: num_rows + 1].tolist()
     assert bounds[0] == 0
     assert bounds[-1] <= workspace.num_chunks(num_rows)
+    part = workspace.chunk_part[: bounds[-1]].tolist()
+    assert sorted(part) == list(range(bounds[-1]))
+    # blocks start in the chunks' order: the longer kind first
+    kinds = workspace.chunk_is_exact[: bounds[-1]].tolist()
+    assert kinds in (sorted(kinds), sorted(kinds, reverse=True))
+    chunk_of_part = torch.tensor(part, dtype=torch.long, device=DEVICE).argsort()
     for row in range(num_rows):
-        chunks = slice(bounds[row], bounds[row + 1])
+        chunks = chunk_of_part[bounds[row] : bounds[row + 1]]
         assert (workspace.chunk_row[chunks] == row).all()
         covered = {0: [], 1: []}
         for is_exact, begin, end in zip(
@@ -76,32 +82,40 @@ def test_chunks_cover_each_row_once(items, exact, tiles):
 
 
 @pytest.mark.parametrize(
-    ("items", "num_sms", "chunks", "longest"),
+    ("items", "exact", "centroid_bytes", "longest", "tile_chunks", "exact_chunks"),
     [
-        pytest.param([3], 100, 3, 1, id="the-shortest-that-run-at-once"),
-        pytest.param([64], 8, 11, 6, id="all-run-at-once"),
-        pytest.param([16, 16], 4, 6, 6, id="two-rows"),
-        pytest.param([64, 64], 4, 8, 16, id="too-many-to-run-at-once"),
+        pytest.param([8] * 16, 210, 1, 11, 48, 16, id="32K-x-16-int8"),
+        pytest.param([32] * 16, 210, 1, 43, 48, 16, id="128K-x-16-int8"),
+        pytest.param([32] * 16, 210, 2, 22, 96, 16, id="128K-x-16-bf16"),
+        pytest.param([32] * 4, 210, 1, 11, 48, 4, id="128K-x-4-int8"),
+        pytest.param([32], 210, 1, 3, 43, 2, id="128K-x-1-int8"),
+        pytest.param([2] * 16, 210, 1, 4, 32, 32, id="8K-x-16-int8"),
+        pytest.param([], 5000, 1, 0, 0, 40, id="only-exact-tokens"),
     ],
 )
-def test_chunks_are_as_short_as_lets_all_run_at_once(items, num_sms, chunks, longest):
-    """Items of one tile of 8 bits, 2 KV heads: 3 blocks of a multiprocessor run at once."""
+def test_chunks_have_the_length_that_was_measured_as_best(
+    items, exact, centroid_bytes, longest, tile_chunks, exact_chunks
+):
+    """8 KV heads, segments of 4 tiles; within 2 % of the best of coarse_chunks_h200.csv."""
+    num_rows = max(1, len(items))
     workspace = DecodeWorkspace(
-        max_rows=len(items),
-        max_items=sum(items),
-        max_items_per_row=max(items),
+        max_rows=num_rows,
+        max_items=max(1, sum(items)),
+        max_items_per_row=max(1, *items, 1),
         budget_capacity=128,
-        num_kv_heads=2,
-        gqa_group_size=4,
+        num_kv_heads=8,
+        gqa_group_size=1,
         head_dim=64,
-        clusters_per_segment=MAX_TILE_CLUSTERS,
-        config=LaunchConfig(num_sms=num_sms),
+        clusters_per_segment=4 * MAX_TILE_CLUSTERS,
+        config=LaunchConfig(num_sms=132),
         device=DEVICE,
     )
-    plan_chunks(make_plan(items, [0] * len(items)), workspace, len(items), 1)
-    assert int(workspace.chunk_indptr[len(items)]) == chunks
-    lengths = (workspace.chunk_end - workspace.chunk_begin)[:chunks]
-    assert int(lengths.max()) == longest
+    plan_chunks(make_plan(items or [0], [exact] * num_rows), workspace, num_rows, centroid_bytes)
+    chunks = int(workspace.chunk_indptr[num_rows])
+    kinds = workspace.chunk_is_exact[:chunks]
+    assert (int((kinds == 0).sum()), int((kinds == 1).sum())) == (tile_chunks, exact_chunks)
+    lengths = (workspace.chunk_end - workspace.chunk_begin)[:chunks][kinds == 0]
+    assert max(lengths.tolist(), default=0) == longest
 
 
 def test_rejects_more_rows_than_the_workspace_has():

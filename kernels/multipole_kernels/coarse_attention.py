@@ -50,6 +50,7 @@ def _coarse_attention_kernel(
     chunk_is_exact_ptr,
     chunk_begin_ptr,
     chunk_end_ptr,
+    chunk_part_ptr,
     chunk_indptr_ptr,  # [num_rows + 1]
     cluster_weight_ptr,  # [max_items * TILES, NUM_KV_HEADS, GROUP, TILE_CLUSTERS] fp16
     weight_shift_ptr,  # [max_items * TILES, NUM_KV_HEADS, GROUP] fp32
@@ -88,12 +89,13 @@ def _coarse_attention_kernel(
     begin = tl.load(chunk_begin_ptr + chunk)
     end = tl.load(chunk_end_ptr + chunk)
     is_exact = tl.load(chunk_is_exact_ptr + chunk)
+    part = tl.load(chunk_part_ptr + chunk).to(tl.int64)
     if chunk >= num_chunks:
         return
 
     q_ptr += row * stride_q_row + head * GROUP * HEAD_DIM
-    # int64: chunks * heads * head_dim
-    part = (chunk.to(tl.int64) * NUM_KV_HEADS + head) * GROUP
+    # int64: parts * heads * head_dim
+    part = (part * NUM_KV_HEADS + head) * GROUP
     part_acc_ptr += part * HEAD_DIM
     if is_exact != 0:
         q_heads = load_heads(q_ptr, 0, 1, GROUP, HEAD_DIM, BLOCK_GROUP, BLOCK_D)
@@ -203,6 +205,7 @@ def coarse_attention(
         chunk_is_exact_ptr=workspace.chunk_is_exact,
         chunk_begin_ptr=workspace.chunk_begin,
         chunk_end_ptr=workspace.chunk_end,
+        chunk_part_ptr=workspace.chunk_part,
         chunk_indptr_ptr=workspace.chunk_indptr,
         cluster_weight_ptr=workspace.cluster_weight,
         weight_shift_ptr=workspace.weight_shift_log2,

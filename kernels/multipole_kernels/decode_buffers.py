@@ -118,6 +118,8 @@ class DecodeWorkspace:
         self.chunk_is_exact = new(max_chunks, dtype=torch.int32)
         self.chunk_begin = new(max_chunks, dtype=torch.int32)
         self.chunk_end = new(max_chunks, dtype=torch.int32)
+        # where its state is kept: a row's parts lie together, its tiles' first
+        self.chunk_part = new(max_chunks, dtype=torch.int32)
         self.chunk_indptr = new(max_rows + 1, dtype=torch.int32)
 
         # exp(score - weight_shift) of each cluster, weight_shift the tile's largest score
