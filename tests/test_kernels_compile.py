@@ -87,6 +87,8 @@ def compile_launch(kernel, arguments, sm):
         pytest.param(90, 128, 4, None, 256, id="hopper-two-tiles"),
         pytest.param(90, 128, 4, torch.int8, 256, id="hopper-int8-two-tiles"),
         pytest.param(90, 64, 3, None, 1024, id="hopper-longest-segment"),
+        pytest.param(90, 256, 16, torch.int8, 128, id="hopper-int8-largest-head"),
+        pytest.param(100, 128, 4, torch.int8, 256, id="blackwell-int8-two-tiles"),
     ],
 )
 def test_decode_compiles(launches, sm, head_dim, gqa_group_size, centroid_dtype, clusters):

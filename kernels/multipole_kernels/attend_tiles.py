@@ -3,6 +3,8 @@
 Clusters are the rows of both products and query heads the columns. Of each tile the weights
 exp(score - largest score of the tile) are kept in float16 and the attention state is built from
 what was kept, so that a cluster can be taken out of it again to the last bit (take_out_clusters).
+Keys in int8 are multiplied as they are, with queries in two terms of int8; other 8-bit numbers are
+unpacked to float16.
 """
 
 from __future__ import annotations
@@ -20,6 +22,9 @@ from multipole_kernels.attention_state import (
 from multipole_kernels.head_columns import load_heads, store_heads
 from multipole_kernels.unpack_words import unpack_words
 
+# halves of a first term's unit, which is what the second has to say, fit int8
+SECOND_TERM = tl.constexpr(254)
+
 
 @triton.jit
 def attend_tiles(
@@ -28,8 +33,8 @@ def attend_tiles(
     head,
     q_ptr,  # [GROUP, HEAD_DIM], at the row and KV head
     acc_ptr,  # [GROUP, HEAD_DIM] fp32, of the chunk and KV head; written
-    key_centroids_ptr,  # [P, NUM_KV_HEADS, CLUSTERS, HEAD_DIM], 8-bit ones as int16 words
-    value_centroids_ptr,
+    key_centroids_ptr,  # [P, NUM_KV_HEADS, CLUSTERS, HEAD_DIM], float8 ones as int16 words
+    value_centroids_ptr,  # the same, all 8-bit ones as int16 words
     key_scale_ptr,  # [P, NUM_KV_HEADS, CLUSTERS] fp32, with 8-bit centroids
     value_scale_ptr,
     cluster_sizes_ptr,  # [P, NUM_KV_HEADS, CLUSTERS] int16
@@ -59,17 +64,19 @@ def attend_tiles(
     PER_WORD: tl.constexpr = 2 if EIGHT_BITS else 1
     WORDS: tl.constexpr = HEAD_DIM // PER_WORD
     BLOCK_WORDS: tl.constexpr = BLOCK_D // PER_WORD
+    KEY_WORDS: tl.constexpr = HEAD_DIM if IS_INT8 else WORDS
+    BLOCK_KEY_WORDS: tl.constexpr = BLOCK_D if IS_INT8 else BLOCK_WORDS
     HALF: tl.constexpr = HEAD_DIM // 2
     scale_log2 = sm_scale * LOG2_E
     offs_group = tl.arange(0, BLOCK_GROUP)
     mask_group = offs_group < GROUP
     offs_word = tl.arange(0, BLOCK_WORDS)
     offs_cluster = tl.arange(0, TILE_CLUSTERS)
-    key_offsets = offs_cluster[:, None] * WORDS + offs_word[None, :]
+    offs_key_word = tl.arange(0, BLOCK_KEY_WORDS)
+    key_offsets = offs_cluster[:, None] * KEY_WORDS + offs_key_word[None, :]
     value_offsets = offs_cluster[None, :] * WORDS + offs_word[:, None]
-    mask_keys = (offs_word < WORDS)[None, :]
+    mask_keys = (offs_key_word < KEY_WORDS)[None, :]
     mask_values = (offs_word < WORDS)[:, None]
-    q = load_heads(q_ptr, 0, PER_WORD, GROUP, WORDS, BLOCK_GROUP, BLOCK_WORDS)
     max_log2 = tl.full([BLOCK_GROUP], float("-inf"), tl.float32)
     acc = tl.zeros([BLOCK_WORDS, BLOCK_GROUP], tl.float32)
     # summed over the clusters' places in the end, not in every tile
@@ -82,12 +89,19 @@ def attend_tiles(
     q_first = tl.load(pair_ptr, mask=mask_q_pair, other=0.0).to(tl.float32) * sm_scale
     q_second = tl.load(pair_ptr + HALF, mask=mask_q_pair, other=0.0).to(tl.float32) * sm_scale
     q_square = q_first * q_first + q_second * q_second
-    if EIGHT_BITS:
-        q_high = load_heads(q_ptr, 1, PER_WORD, GROUP, WORDS, BLOCK_GROUP, BLOCK_WORDS)
-        acc_high = tl.zeros([BLOCK_WORDS, BLOCK_GROUP], tl.float32)
+    if IS_INT8:
+        q = load_heads(q_ptr, 0, 1, GROUP, HEAD_DIM, BLOCK_GROUP, BLOCK_D)
+        q_first, q_second, q_unit = _int8_terms(q.to(tl.float32))
+    elif EIGHT_BITS:
         # 8-bit numbers are exact in float16, and so is all of q that matters
-        q_low16 = q.to(tl.float32).to(tl.float16)
+        q_low = load_heads(q_ptr, 0, PER_WORD, GROUP, WORDS, BLOCK_GROUP, BLOCK_WORDS)
+        q_high = load_heads(q_ptr, 1, PER_WORD, GROUP, WORDS, BLOCK_GROUP, BLOCK_WORDS)
+        q_low16 = q_low.to(tl.float32).to(tl.float16)
         q_high16 = q_high.to(tl.float32).to(tl.float16)
+    else:
+        q = load_heads(q_ptr, 0, 1, GROUP, HEAD_DIM, BLOCK_GROUP, BLOCK_D)
+    if EIGHT_BITS:
+        acc_high = tl.zeros([BLOCK_WORDS, BLOCK_GROUP], tl.float32)
 
     # the small tensors of a tile are loaded while the one before it is computed: its place is known
     # two tiles ahead, because their addresses need it
@@ -105,8 +119,10 @@ def attend_tiles(
         value_scale = tl.load(value_scale_ptr + cluster + offs_cluster)
     for tile in range(begin, end):
         cluster = _first_cluster(tile_place, tile, head, NUM_KV_HEADS, CLUSTERS, TILE_CLUSTERS)
-        # [TILE_CLUSTERS, BLOCK_WORDS] and [BLOCK_WORDS, TILE_CLUSTERS]
-        keys = tl.load(key_centroids_ptr + cluster * WORDS + key_offsets, mask=mask_keys, other=0)
+        # [TILE_CLUSTERS, BLOCK_KEY_WORDS] and [BLOCK_WORDS, TILE_CLUSTERS]
+        keys = tl.load(
+            key_centroids_ptr + cluster * KEY_WORDS + key_offsets, mask=mask_keys, other=0
+        )
         values = tl.load(
             value_centroids_ptr + cluster * WORDS + value_offsets, mask=mask_values, other=0
         )
@@ -123,9 +139,16 @@ def attend_tiles(
         if EIGHT_BITS:
             next_key_scale = tl.load(key_scale_ptr + cluster + offs_cluster)
             next_value_scale = tl.load(value_scale_ptr + cluster + offs_cluster)
-            keys_low, keys_high = unpack_words(keys, IS_INT8)
-            scores = dot(keys_low, q_low16) + dot(keys_high, q_high16)
-            scores *= key_scale[:, None] * (scale_log2 * UNPACK_SCALE)
+            if IS_INT8:
+                # below 2^31: each product is at most 256 * 127^2
+                scores = tl.dot(keys, q_first, out_dtype=tl.int32) * SECOND_TERM
+                scores += tl.dot(keys, q_second, out_dtype=tl.int32)
+                scores = scores.to(tl.float32) * (q_unit * (scale_log2 / SECOND_TERM))[None, :]
+                scores *= key_scale[:, None]
+            else:
+                keys_low, keys_high = unpack_words(keys, IS_INT8)
+                scores = dot(keys_low, q_low16) + dot(keys_high, q_high16)
+                scores *= key_scale[:, None] * (scale_log2 * UNPACK_SCALE)
         else:
             scores = dot(keys, q) * scale_log2
         scores = tl.where(sizes[:, None] > 0, scores, float("-inf"))
@@ -172,6 +195,20 @@ def attend_tiles(
     if EIGHT_BITS:
         store_heads(acc_ptr, acc_high, 1, PER_WORD, GROUP, WORDS, BLOCK_GROUP, BLOCK_WORDS)
     return max_log2, tl.sum(weight_sums, 0)
+
+
+@triton.jit
+def _int8_terms(q):
+    """q [D, heads] as unit * (first + second / SECOND_TERM): two int8 blocks, and unit [heads].
+
+    The rest is at most 2^-17 of a head's largest number; bfloat16 rounds that one by up to 2^-9.
+    """
+    # a head of zeros has any unit
+    unit = tl.maximum(tl.max(tl.abs(q), 0), 1e-30) / 127.0
+    units = q / unit[None, :]
+    first = tl.floor(units + 0.5)
+    second = tl.floor((units - first) * SECOND_TERM + 0.5)
+    return first.to(tl.int8), second.to(tl.int8), unit
 
 
 @triton.jit

@@ -37,8 +37,8 @@ def _coarse_attention_kernel(
     q_ptr,  # [num_rows, NUM_KV_HEADS, GROUP, HEAD_DIM]
     k_cache_ptr,  # [num_slots, NUM_KV_HEADS, HEAD_DIM]
     v_cache_ptr,
-    key_centroids_ptr,  # [P, NUM_KV_HEADS, CLUSTERS, HEAD_DIM], 8-bit ones as int16 words
-    value_centroids_ptr,
+    key_centroids_ptr,  # [P, NUM_KV_HEADS, CLUSTERS, HEAD_DIM], float8 ones as int16 words
+    value_centroids_ptr,  # the same, all 8-bit ones as int16 words
     key_scale_ptr,  # [P, NUM_KV_HEADS, CLUSTERS] fp32, with 8-bit centroids
     value_scale_ptr,
     cluster_sizes_ptr,  # [P, NUM_KV_HEADS, CLUSTERS] int16
@@ -186,8 +186,8 @@ def coarse_attention(
     tiles = config.coarse_num_stages - 1 + (block_group > 8)
     num_stages = config.coarse_num_stages if tiles * tile_bytes <= _MAX_TILE_BYTES else 1
     if eight_bits:
-        key_centroids = key_centroids.view(torch.int16)
         value_centroids = value_centroids.view(torch.int16)
+        key_centroids = key_centroids if is_int8 else key_centroids.view(torch.int16)
     _coarse_attention_kernel[(workspace.num_chunks(num_rows) * workspace.num_kv_heads,)](
         q_ptr=q,
         k_cache_ptr=k_cache,
