@@ -38,8 +38,8 @@ POINT_SETS: dict[str, list[Points]] = {
     # where there is a target
     "targets": [
         Points(131072, fp8_budgets=(1024,), weights_batches=(1,), triton_batches=(16, 4, 1)),
-        Points(32768, fp8_budgets=(512, 1024), weights_batches=(1,)),
-        Points(8192, budgets=(128, 512, 1024), fp8_budgets=(512,), weights_batches=(1,)),
+        Points(32768, budgets=BUDGETS[1:], fp8_budgets=(512,), weights_batches=(1,)),
+        Points(8192, budgets=(512, 1024), fp8_budgets=(512,), weights_batches=(1,)),
     ],
     "more": [
         Points(524288, (1,), (512, 1024, 0.05)),

@@ -172,6 +172,21 @@ def test_8_bit_values_of_any_magnitude(factor):
     assert_matches_reference(case, run(case))
 
 
+@pytest.mark.parametrize(
+    ("dims", "factor"),
+    [
+        pytest.param(slice(None), 4, id="all-dimensions"),
+        pytest.param(slice(0, 1), 64, id="one-dimension"),
+        pytest.param(slice(None), 0, id="zero"),
+    ],
+)
+def test_8_bit_keys_with_queries_of_any_magnitude(dims, factor):
+    """int8 keys are multiplied with queries in two terms: nothing that decides is lost in them."""
+    case = make_case([600], [64], centroid_dtype=torch.int8)
+    case.q[..., dims] *= factor
+    assert_matches_reference(case, run(case))
+
+
 def test_rejects_a_number_of_clusters_that_no_tile_divides():
     with pytest.raises(ValueError, match="must be a multiple of 16, got 40"):
         make_case([700], [64], segment_size=320, clusters_per_segment=40)
