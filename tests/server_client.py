@@ -16,6 +16,10 @@ from sglang_multipole.local_server import LocalServer
 
 # about four characters a token
 TEXT = " ".join(topics[name] for name in sorted(topics))
+# below, around and above the gate of most tests' servers
+SHORT = "The capital of France is"
+MIDDLE = TEXT[6000:8600]
+LONG = TEXT[:5500] + "\n\nIn short, the statement"
 
 
 def ask(

@@ -54,3 +54,15 @@ def get_server(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> It
         yield get
     finally:
         stop()
+
+
+@pytest.fixture(scope="session")
+def dense_answers(get_server: GetServer) -> dict[str, list[int]]:
+    """Greedy tokens of the server without multipole attention.
+
+    Of the whole session: the tests of that server ask for it first, while it runs.
+    """
+    from tests.server_client import LONG, MIDDLE, SHORT, ask
+
+    server = get_server()
+    return {text: ask(server, text)["output_ids"] for text in (SHORT, MIDDLE, LONG)}

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from sglang_multipole import cli
 from sglang_multipole.local_server import LocalServer
+from tests.server_client import ask
 from tests.server_fixture import GetServer
 
 pytestmark = pytest.mark.server
@@ -35,8 +37,15 @@ def test_greedy_generation_answers(server: LocalServer) -> None:
     assert len(answer["output_ids"]) == 4
 
 
+def test_the_same_text_gets_the_same_tokens_again(
+    dense_answers: dict[str, list[int]], server: LocalServer
+) -> None:
+    for text, tokens in dense_answers.items():
+        assert ask(server, text)["output_ids"] == tokens
+
+
 def test_concurrent_requests_of_different_lengths(server: LocalServer) -> None:
-    def ask(num_words: int) -> int:
+    def ask_words(num_words: int) -> int:
         body = {
             "text": "word " * num_words,
             "sampling_params": {"temperature": 0, "max_new_tokens": 3, "ignore_eos": True},
@@ -44,7 +53,7 @@ def test_concurrent_requests_of_different_lengths(server: LocalServer) -> None:
         return server.post("/generate", body)["meta_info"]["completion_tokens"]
 
     with ThreadPoolExecutor(4) as pool:
-        assert list(pool.map(ask, [1, 20, 300, 2])) == [3, 3, 3, 3]
+        assert list(pool.map(ask_words, [1, 20, 300, 2])) == [3, 3, 3, 3]
 
 
 def test_the_openai_endpoint_streams_with_the_models_chat_template(server: LocalServer) -> None:
@@ -103,3 +112,10 @@ def test_help_shows_the_flags_of_sglang(server: LocalServer) -> None:
     assert done.returncode == 0
     assert "--attention-backend" in done.stdout
     assert "--enable-multipole" in done.stdout
+
+
+def test_check_says_that_a_dense_server_is_dense(
+    server: LocalServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["check", "--base-url", server.base_url]) == 1
+    assert "multipole attention is off in this server" in capsys.readouterr().out

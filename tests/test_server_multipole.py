@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from sglang_multipole.local_server import LocalServer
-from tests.server_client import TEXT, abandon, ask, flush, state
+from tests.server_client import LONG, MIDDLE, SHORT, TEXT, abandon, ask, flush, state
 from tests.server_fixture import GetServer
 
 pytestmark = pytest.mark.server
@@ -29,21 +29,11 @@ SPARSE = (
     ),
     "--chunked-prefill-size=512",
 )
-LONG = TEXT[:5500] + "\n\nIn short, the statement"
-MIDDLE = TEXT[6000:8600]
-SHORT = "The capital of France is"
 
 
 @pytest.fixture
 def server(get_server: GetServer) -> LocalServer:
     return get_server(*SPARSE)
-
-
-@pytest.fixture(scope="module")
-def dense_answers(get_server: GetServer) -> dict[str, list[int]]:
-    """Greedy tokens of the server without multipole attention."""
-    server = get_server()
-    return {text: ask(server, text)["output_ids"] for text in (SHORT, MIDDLE, LONG)}
 
 
 def test_below_the_gate_answers_equal_the_dense_server(
@@ -144,29 +134,3 @@ def test_server_info_tells_what_is_running(server: LocalServer) -> None:
     assert report["config"]["token_budget"] == 128
     assert report["pool"]["bytes"] > 0
     assert report["build_seconds"] > 0
-
-
-@pytest.fixture
-def full_budget(get_server: GetServer, tmp_path_factory: pytest.TempPathFactory) -> LocalServer:
-    """A budget of the whole context, asked for from SGLang's YAML file and by backend name."""
-    path = tmp_path_factory.getbasetemp() / "multipole.yaml"
-    path.write_text(
-        "decode-attention-backend: multipole\n"
-        'multipole-config: \'{"token_budget": 100000, "min_context": 64, "segment_size": 1024}\'\n'
-    )
-    return get_server("--config", str(path))
-
-
-def test_a_budget_of_the_whole_context_answers_as_dense(
-    dense_answers: dict[str, list[int]], full_budget: LocalServer
-) -> None:
-    for text, expected in dense_answers.items():
-        answer = ask(full_budget, text)
-        # float32 on both sides: greedy tokens agree to the last
-        assert answer["output_ids"] == expected
-        activity = answer["meta_info"]["multipole"]
-        assert activity["exact_tokens"] == activity["context_tokens"]
-    # known from token counts alone, so nothing is clustered for it
-    report = state(full_budget)
-    assert report["dense_steps"]["budget_covers"] > 0
-    assert report["segments"]["segments_built"] == 0

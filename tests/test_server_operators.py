@@ -20,7 +20,7 @@ from sglang_multipole.event_source import EventSource
 from sglang_multipole.local_server import LocalServer, find_free_port
 from sglang_multipole.request_settings import RequestSettingsError, token_budget
 from tests import server_client
-from tests.server_client import TEXT, activity, state
+from tests.server_client import LONG, SHORT, TEXT, activity, state
 from tests.server_fixture import GetServer
 from tests.test_request_settings import near_misses
 
@@ -43,9 +43,7 @@ FLAGS = (
     "--enable-metrics",
     "--decode-log-interval=4",
 )
-LONG = TEXT[:5500] + "\n\nIn short, the statement"
 OTHER = TEXT[9000:14000]
-SHORT = "The capital of France is"
 
 
 @pytest.fixture
@@ -270,8 +268,27 @@ def test_check_finds_the_server_active_and_sharing(
     assert lines[2] == "ok    sharing: the second request found 1 segments ready"
 
 
-def test_check_says_that_a_dense_server_is_dense(
-    get_server: GetServer, capsys: pytest.CaptureFixture[str]
+@pytest.fixture
+def full_budget(get_server: GetServer, tmp_path_factory: pytest.TempPathFactory) -> LocalServer:
+    """A budget of the whole context, asked for from SGLang's YAML file and by backend name."""
+    path = tmp_path_factory.getbasetemp() / "multipole.yaml"
+    path.write_text(
+        "decode-attention-backend: multipole\n"
+        'multipole-config: \'{"token_budget": 100000, "min_context": 64, "segment_size": 1024}\'\n'
+    )
+    return get_server("--config", str(path))
+
+
+def test_a_budget_of_the_whole_context_answers_as_dense(
+    dense_answers: dict[str, list[int]], full_budget: LocalServer
 ) -> None:
-    assert cli.main(["check", "--base-url", get_server().base_url]) == 1
-    assert "multipole attention is off in this server" in capsys.readouterr().out
+    for text, expected in dense_answers.items():
+        answer = ask(full_budget, text)
+        # float32 on both sides: greedy tokens agree to the last
+        assert answer["output_ids"] == expected
+        counted = activity(answer)
+        assert counted["exact_tokens"] == counted["context_tokens"]
+    # known from token counts alone, so nothing is clustered for it
+    report = state(full_budget)
+    assert report["dense_steps"]["budget_covers"] > 0
+    assert report["segments"]["segments_built"] == 0

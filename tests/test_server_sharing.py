@@ -11,6 +11,8 @@ import pytest
 
 from sglang_multipole.local_server import LocalServer
 from tests.server_client import (
+    LONG,
+    SHORT,
     TEXT,
     activity,
     ask,
@@ -19,7 +21,7 @@ from tests.server_client import (
     update_weights,
 )
 from tests.server_fixture import GetServer
-from tests.test_server_multipole import LONG, SHORT, SPARSE
+from tests.test_server_multipole import SPARSE
 
 pytestmark = pytest.mark.server
 
