@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Generator, Sequence
 from typing import Protocol
 
@@ -93,8 +94,8 @@ class SegmentBuilder:
         request begins to decode and once in segment_size of its tokens.
 
         Returns:
-            For each order, whether its place was used; false when the pool already held the
-            segment (another request's, or one built earlier in this call).
+            For each order, whether its place was written; false when the pool already held the
+            segment (another request's, one built earlier in this call, or the place itself).
         """
         known = self._known(orders)
         # sealed ones first, see ClusterPool.publish
@@ -122,7 +123,10 @@ class SegmentBuilder:
         self.clustering.cluster([dataclasses.astuple(order) for order in orders])
 
     def _known(self, orders: Sequence[BuildOrder]) -> set[BuildOrder]:
-        """The sealed segments among the orders that need no building."""
+        """The orders that need no building, if there are sealed segments among them.
+
+        An open one needs none if its own place holds it.
+        """
         pool, size = self.pool, self.pool.config.segment_size
         sealed = [order for order in orders if order.extent == size]
         if not sealed:
@@ -132,13 +136,27 @@ class SegmentBuilder:
         places = pool.segment_of_slot[slots[:, -1]].long()
         extent = pool.segment_extent[places]
         is_held = (extent == size) & pool.matches(places, slots, extent)
+        opened = [order for order in orders if order.extent < size]
+        is_open_held = self._are_open_held(opened)
         known, last_slots = set(), set()
-        held_and_last = torch.stack([is_held.long(), slots[:, -1]]).tolist()
-        for order, held, last_slot in zip(sealed, *held_and_last, strict=True):
-            if held or last_slot in last_slots:
+        held = torch.cat([is_held, is_open_held, slots[:, -1]]).tolist()
+        last = held[len(orders) :]
+        for order, is_known, last_slot in zip(sealed, held, last, strict=False):
+            if is_known or last_slot in last_slots:
                 known.add(order)
             last_slots.add(last_slot)
+        known.update(itertools.compress(opened, held[len(sealed) : len(orders)]))
         return known
+
+    def _are_open_held(self, orders: Sequence[BuildOrder]) -> torch.Tensor:
+        """[orders] bool: the rows find the segments, in the very places of the orders."""
+        if not orders:
+            return torch.zeros(0, dtype=torch.bool, device=self.req_to_token.device)
+        pool = self.pool
+        rows, segments, extents, places = self._columns(orders)
+        is_own = (pool.open_place[rows] == places) & (pool.segment_extent[places] == extents)
+        slots = self._slots(rows, segments, pool.config.segment_size)
+        return is_own & pool.matches(places, slots, extents)
 
     def _columns(self, orders: Sequence[BuildOrder]) -> tuple[torch.Tensor, ...]:
         """row, segment, extent and place of each order, [orders] int64 on the device."""

@@ -192,7 +192,9 @@ class SegmentPlanner:
                 # a request's first orders are mostly of segments that are there already; only what
                 # the feedback has missed is worth another's place, unless the step must be sparse
                 may_be_shared = extent == self.config.segment_size and request.is_admission
-                place = early.place if early else self._take_place(strict or not may_be_shared)
+                place = early.place if early else self._place_again(request, segment, extent)
+                if not place:
+                    place = self._take_place(strict or not may_be_shared)
                 if not place:
                     place = self._own_place(request, segment, extent)
                 if not place:
@@ -263,6 +265,16 @@ class SegmentPlanner:
         segment = (end - 1) // size
         due_step = self.step + end + interval - row.seq_len
         self._free(self.early.expect(row.rid, row.row, segment, end - segment * size, due_step))
+
+    def _place_again(self, request: _Request, segment: int, extent: int) -> int:
+        """The place of the request's open segment if it is of just these tokens, or 0.
+
+        The device builds it anew only if it does not hold them any more.
+        """
+        if segment * self.config.segment_size + extent != request.ordered:
+            return 0
+        place, request.open_place = request.open_place, 0
+        return place
 
     def _own_place(self, request: _Request, segment: int, extent: int) -> int:
         """The place of the request's open segment, if these tokens replace or seal it; or 0.
@@ -357,7 +369,7 @@ class SegmentPlanner:
         self, order: BuildOrder, request: _Request | None, built: bool, step: int
     ) -> None:
         if order.extent < self.config.segment_size:
-            self.stats.open_builds += 1
+            self.stats.open_builds += built
             return
         self.in_order.discard(order.place)
         if not built:

@@ -201,6 +201,20 @@ def test_a_slot_that_is_handed_out_again_hides_its_segment():
     assert host.runtime.planner.stats.segments_built == 3
 
 
+@pytest.mark.parametrize("is_changed", [False, True])
+def test_the_second_order_of_an_admission_builds_what_has_changed(is_changed):
+    host = Host(SMALL)
+    host.add("a", 1, 760)
+    host.step()
+    if is_changed:
+        host.runtime.pool.invalidate_slots(host.req_to_token[1, 650:651].long())
+    host.step()
+    assert host.runtime.planner.stats.open_builds == 1 + is_changed
+    assert host.runtime.planner.stats.segments_built == 5
+    host.runtime.begin_unplanned(torch.tensor([1]), torch.tensor([762]))
+    assert host.path.plan.item_indptr.tolist() == [0, 6]
+
+
 def test_a_full_pool_is_exact_and_counted():
     host = Host(MultipoleConfig.from_dict(SMALL.to_dict() | {"token_budget": 0}), num_places=3)
     host.add("a", 1, 700)
