@@ -33,8 +33,9 @@ class Results:
     def __init__(self, path: str):
         with open(path, newline="") as file:
             rows = list(csv.DictReader(file))
-        # tables are of steps that follow each other
+        # all tables but one are of steps that follow each other
         self.rows = [row for row in rows if row.get("between") != "weights"]
+        self.with_weights = [row for row in rows if row.get("between") == "weights"]
         self.multipole = [row for row in self.rows if row["provider"] == "multipole"]
 
     def select(self, **wanted: object) -> list[dict[str, str]]:
@@ -182,6 +183,31 @@ def fp8_table(results: Results) -> str:
     return markdown(head, body)
 
 
+def weights_table(results: Results) -> str:
+    """Steps with a layer's weights read between them, beside those that follow each other."""
+    head = ["context x batch, budget", "FlashInfer", "back to back"]
+    for name in CENTROIDS:
+        head += [name, "ratio", "back to back", "ratio"]
+    names = ("keys", "segment_size", "context", "batch", "num_kv_heads", "budget")
+    body = []
+    for row in results.with_weights:
+        if row["provider"] != "multipole" or row["centroids"] != CENTROIDS[-1]:
+            continue
+        dense = float(row["p50_us"]) * float(row["ratio_to_flashinfer"])
+        line = [point_name(row), number(dense), number(results.time("flashinfer", row))]
+        for name in CENTROIDS:
+            for rows in (results.with_weights, results.multipole):
+                found = [
+                    other
+                    for other in rows
+                    if other["centroids"] == name and all(other[n] == row[n] for n in names)
+                ]
+                ratio = found[0]["ratio_to_flashinfer"] if found else None
+                line += [number(found[0]["p50_us"]) if found else "-", f"{number(ratio)}x"]
+        body.append(line)
+    return markdown(head, body)
+
+
 def readme_table(results: Results, budget: int = 512) -> str:
     """Ratios with int8 centroids; of segments of 2048 where 4096 are not measured."""
     head = ["context", "batch 1", "batch 4", "batch 16"]
@@ -223,6 +249,7 @@ def main() -> None:
     for segment_size in (4096, 2048):
         print(claim_table(results, segment_size))
     print(fp8_table(results))
+    print(weights_table(results))
     print(readme_table(results))
 
 
