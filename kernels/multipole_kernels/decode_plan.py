@@ -185,7 +185,8 @@ def plan_chunks(
         raise ValueError(
             f"plan_chunks: num_rows must be between 1 and {workspace.max_rows}, got {num_rows}"
         )
-    block_rows = triton.next_power_of_2(workspace.max_rows)
+    # few shapes to compile
+    block_rows = max(16, triton.next_power_of_2(num_rows))
     # keys and values are two bytes an element
     tile_cost = max(1, workspace.tile_clusters * centroid_bytes // 2)
     _plan_chunks_kernel[(num_rows,)](
