@@ -15,7 +15,7 @@ import triton.language as tl
 from multipole_kernels.decode_buffers import DecodePlan, DecodeWorkspace
 
 # a block's start, in exact tokens' bytes; from times by length of chunk
-# (benchmarks/results/coarse_chunks_h200.csv)
+# (benchmarks/results/coarse_chunks_h200.csv, decode_plans_h100.csv)
 _START_COST = 32
 # longest chunk that is looked at, in exact tokens' bytes
 _MAX_COST = 2048
@@ -39,14 +39,14 @@ def _cut(amounts, most):
 @triton.jit
 def _end(num_long, long, num_short, short, wave_chunks):
     """When the last block ends: waves of the longer kind, then what of the others found no place
-    beside the last of them, at the rate of the whole card.
+    beside the last of them; few of those are left, and then blocks run about twice as fast.
 
     long, short: cost of a chunk, its start included.
     """
     waves = tl.cdiv(num_long, wave_chunks)
     beside = (waves * wave_chunks - num_long) * (long // short)
     behind = tl.maximum(num_short - beside, 0)
-    return waves * long + tl.cdiv(behind * short, wave_chunks)
+    return waves * long + tl.cdiv(behind, wave_chunks) * short // 2
 
 
 @triton.jit
