@@ -34,7 +34,7 @@ constexpr float UNPACK_SCALE = CENTROIDS == 2 ? 256.0f : 1.0f;
 constexpr int BIN_BITS = 8;
 constexpr int BINS = 1 << BIN_BITS;
 constexpr int FIRST_SHIFT = 32 + 20;  // the first bins are an eighth of an octave wide
-constexpr int CANDIDATES = 512 / TEAM;  // of one block
+constexpr int CANDIDATES = 128 / TEAM;  // of one block; all pairs of a team's are compared
 constexpr int CANDIDATE_LANES = 16;
 constexpr int LIST = 256;               // clusters whose slots are written together
 constexpr int CLUSTER_LANES = 16;
