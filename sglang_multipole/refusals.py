@@ -121,6 +121,11 @@ ARGUMENTS = (
         "leave out --decode-attention-backend; choose the prefill backend with "
         "--prefill-attention-backend",
     ),
+    Refusal(
+        "pages above 1 on a CPU",
+        lambda args: getattr(args, "device", None) == "cpu" and _flag("page_size", 1)(args),
+        "use --page-size 1: SGLang's paged KV allocator is a kernel for GPUs",
+    ),
     Refusal("HND KV layout", _env("SGLANG_USE_HND_KVCACHE"), "unset SGLANG_USE_HND_KVCACHE"),
     Refusal(
         "KV sizing after graph capture",

@@ -40,6 +40,8 @@ def without_state_space_layers(monkeypatch):
 
 def test_a_plain_server_is_accepted():
     refusals.check_arguments(make_args(), CONFIG)
+    refusals.check_arguments(make_args(device="cpu"), CONFIG)
+    refusals.check_arguments(make_args(device="cuda", page_size=16), CONFIG)
 
 
 @pytest.mark.parametrize(
@@ -57,6 +59,7 @@ def test_a_plain_server_is_accepted():
         ({"enable_torch_compile": True}, "torch.compile: leave out"),
         ({"tokenizer_worker_num": 2}, "several tokenizer processes: leave out --tokenizer-worker"),
         ({"page_size": 48}, "recluster_interval .128 tokens. must be a multiple"),
+        ({"page_size": 16, "device": "cpu"}, "pages above 1 on a CPU: use --page-size 1"),
         ({"decode_attention_backend": "triton"}, "another decode backend"),
         ({"model_attention_arch": SimpleNamespace(name="MLA")}, "LlamaForCausalLM has .*MLA"),
         ({"model_is_hybrid_swa": True}, "sliding-window layers: serve this model without"),
