@@ -36,6 +36,7 @@ from benchmarks.csv_file import write_rows
 from benchmarks.decode_inputs import Geometry, groups_of_rows, make_rows, with_centroids
 from benchmarks.decode_stages import share_workspace, stage_calls
 from benchmarks.layer_weights import LayerWeights
+from benchmarks.versions import commit_of_rows
 from multipole_kernels.clustering_batch import make_orders
 from sglang_multipole.early_builds import EarlyBuilds
 from sglang_multipole.segment_builder import BuildOrder
@@ -226,7 +227,7 @@ def quantile(times: list[float], share: float) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--csv", type=Path, default=Path("clustering_in_decode.csv"))
-    parser.add_argument("--commit", default="unknown")
+    parser.add_argument("--commit", default="", help="where there is no git repository")
     parser.add_argument("--context", type=int, default=32768, help="tokens of each row")
     parser.add_argument("--batches", default="8,1", help="rows of a step")
     parser.add_argument("--extents", default="3584,2048,1024", help="tokens of the open segments")
@@ -235,7 +236,7 @@ def main() -> None:
     options = parser.parse_args()
     started = time.perf_counter()
     environment = {
-        "commit": options.commit,
+        "commit": commit_of_rows(options.commit),
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,

@@ -29,10 +29,6 @@ class LayerWeights:
             for name, shape in SHAPES.items()
         }
 
-    @property
-    def nbytes(self) -> int:
-        return sum(weight.nbytes for weight in self._weights.values())
-
     def products(self, batch: int) -> Callable[[], None]:
         """A function that multiplies batch rows with all weights in turn; it allocates nothing."""
         device = self._weights["o"].device

@@ -91,7 +91,7 @@ def attend_tiles(
     q_square = q_first * q_first + q_second * q_second
     if IS_INT8:
         q = load_heads(q_ptr, 0, 1, GROUP, HEAD_DIM, BLOCK_GROUP, BLOCK_D)
-        q_first, q_second, q_unit = _int8_terms(q.to(tl.float32))
+        q_term, q_rest, q_unit = _int8_terms(q.to(tl.float32))
     elif EIGHT_BITS:
         # 8-bit numbers are exact in float16, and so is all of q that matters
         q_low = load_heads(q_ptr, 0, PER_WORD, GROUP, WORDS, BLOCK_GROUP, BLOCK_WORDS)
@@ -141,8 +141,8 @@ def attend_tiles(
             next_value_scale = tl.load(value_scale_ptr + cluster + offs_cluster)
             if IS_INT8:
                 # below 2^31: each product is at most 256 * 127^2
-                scores = tl.dot(keys, q_first, out_dtype=tl.int32) * SECOND_TERM
-                scores += tl.dot(keys, q_second, out_dtype=tl.int32)
+                scores = tl.dot(keys, q_term, out_dtype=tl.int32) * SECOND_TERM
+                scores += tl.dot(keys, q_rest, out_dtype=tl.int32)
                 scores = scores.to(tl.float32) * (q_unit * (scale_log2 / SECOND_TERM))[None, :]
                 scores *= key_scale[:, None]
             else:
